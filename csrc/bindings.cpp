@@ -1,0 +1,298 @@
+// Registers the kernels with torch through the LibTorch stable ABI, so that one build serves every torch >= 2.10.
+// Compiled twice: plain for the CPU (together with the pybind11 module `_C` and its build report), and with
+// PETUNE_CUDA for the CUDA library, a shared object of its own. Arguments are checked in petune_kernels/ops, once for
+// every backend; here only what would read out of bounds is checked again.
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "common/ops.h"
+
+#ifdef PETUNE_CUDA
+#define PETUNE_KEY CUDA
+namespace kernels = petune::cuda;
+#else
+#define PETUNE_KEY CPU
+#include "cpu/isa.h"
+namespace kernels = petune::cpu;
+#endif
+
+namespace petune {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using MaybeTensor = std::optional<Tensor>;
+using Shape = std::vector<int64_t>;
+
+DType dtype_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return DType::f32;
+    case ScalarType::BFloat16:
+      return DType::bf16;
+#ifdef PETUNE_CUDA
+    case ScalarType::Half:
+      return DType::f16;
+#endif
+    default:
+      STD_TORCH_CHECK(false, "petune: this dtype has no compiled kernel; petune_kernels.ops picks one that fits");
+  }
+  return DType::f32;
+}
+
+const void* read(const Tensor& t) {
+  STD_TORCH_CHECK(t.is_contiguous(), "petune: a compiled op takes contiguous tensors");
+  return t.data_ptr();
+}
+const void* read(const MaybeTensor& t) { return t ? read(*t) : nullptr; }
+
+void* write(Tensor& t) { return t.data_ptr(); }
+
+// An output of a fixed-arity op: the real thing, or [0] where nobody asked for it.
+struct Output {
+  Tensor tensor;
+  bool wanted;
+
+  Output(bool wanted, const Tensor& like, const Shape& shape)
+      : tensor(torch::stable::new_empty(like, wanted ? shape : Shape{0})), wanted(wanted) {}
+  void* data() { return wanted ? tensor.data_ptr() : nullptr; }
+};
+
+Shape shape_of(const Tensor& t) { return Shape(t.sizes().begin(), t.sizes().end()); }
+
+// An output shaped like a small parameter; `want` implies that the parameter is there.
+Output small(bool want, const MaybeTensor& like, const Tensor& otherwise) {
+  STD_TORCH_CHECK(!want || like.has_value(), "petune: a gradient was asked for a parameter that is not there");
+  return like ? Output(want, *like, shape_of(*like)) : Output(false, otherwise, {});
+}
+
+// Replicas and dtype of the small parameters that are there; all agree (ops/ sees to it).
+struct Small {
+  int64_t G = 1;
+  DType dtype = DType::f32;
+
+  Small(std::initializer_list<const MaybeTensor*> params, int64_t T, int64_t H) {
+    const Tensor* first = nullptr;
+    for (const MaybeTensor* param : params) {
+      if (!*param) continue;
+      const Tensor& t = **param;
+      STD_TORCH_CHECK(t.size(t.dim() - 1) == H, "petune: a parameter's last dimension is not the rows' width");
+      if (!first) {
+        first = &t;
+        G = t.dim() == 2 ? t.size(0) : 1;
+        dtype = dtype_of(t);
+      }
+      STD_TORCH_CHECK(t.numel() == G * H && dtype_of(t) == dtype, "petune: the parameters differ in shape or dtype");
+    }
+    STD_TORCH_CHECK(G > 0 && T % G == 0, "petune: the replicas do not divide the rows");
+  }
+};
+
+struct Seed {
+  const int64_t* data = nullptr;
+  int64_t count = 1;
+
+  explicit Seed(const MaybeTensor& seed, int64_t units) {
+    if (!seed) return;
+    data = static_cast<const int64_t*>(read(*seed));
+    count = seed->numel();
+    STD_TORCH_CHECK(count > 0 && units % count == 0, "petune: the seeds do not divide the rows");
+  }
+};
+
+// The stream of the tensor's device, and its workspace.
+struct Launch {
+#ifdef PETUNE_CUDA
+  torch::stable::accelerator::DeviceGuard guard;
+  explicit Launch(const Tensor& t) : guard(t.get_device_index()), index(t.get_device_index()) {}
+  int32_t index;
+  Stream stream() const {
+    void* out = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &out));
+    return out;
+  }
+  // Zero-filled: the blocks of a one-launch reduction draw tickets from it.
+  static Tensor workspace(const Tensor& like, size_t bytes) {
+    return torch::stable::new_zeros(like, {static_cast<int64_t>(bytes)}, ScalarType::Byte);
+  }
+#else
+  explicit Launch(const Tensor&) {}
+  Stream stream() const { return nullptr; }
+  static Tensor workspace(const Tensor& like, size_t bytes) {
+    return torch::stable::new_empty(like, {static_cast<int64_t>(bytes)}, ScalarType::Byte);
+  }
+#endif
+};
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> residual_norm(Tensor x, MaybeTensor bias, MaybeTensor residual,
+                                                         MaybeTensor gamma, MaybeTensor beta, MaybeTensor seed,
+                                                         double p, double eps, bool rms, bool want_z, bool want_xhat) {
+  const int64_t T = x.size(0), H = x.size(1);
+  const Small params({&bias, &gamma, &beta}, T, H);
+  const Seed seeds(seed, T);
+  const Launch launch(x);
+  Output y(true, x, {T, H}), z(want_z, x, {T, H}), xhat(want_xhat, x, {T, H});
+  Tensor rstd = torch::stable::new_empty(x, Shape{T}, ScalarType::Float);
+  kernels::residual_norm(
+      {T, H, params.G, seeds.count, dtype_of(x), params.dtype, read(x), read(bias), read(residual), read(gamma),
+       read(beta), seeds.data, p, eps, rms, y.data(), z.data(), xhat.data(), static_cast<float*>(write(rstd))},
+      launch.stream());
+  return {y.tensor, z.tensor, xhat.tensor, rstd};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> residual_norm_backward(
+    Tensor dy, MaybeTensor dz, Tensor row, Tensor rstd, MaybeTensor bias, MaybeTensor gamma, MaybeTensor beta,
+    MaybeTensor seed, double p, bool rms, int64_t row_kind, bool want_dresidual, bool want_dx, bool want_dbias,
+    bool want_dgamma, bool want_dbeta) {
+  const int64_t T = dy.size(0), H = dy.size(1);
+  const Small params({&bias, &gamma, &beta}, T, H);
+  const Seed seeds(seed, T);
+  const Launch launch(dy);
+  Output dresidual(want_dresidual, dy, {T, H}), dx(want_dx, dy, {T, H});
+  Output dbias = small(want_dbias, bias, dy), dgamma = small(want_dgamma, gamma, dy),
+         dbeta = small(want_dbeta, beta, dy);
+  ResidualNormBackward args{T,
+                            H,
+                            params.G,
+                            seeds.count,
+                            dtype_of(dy),
+                            params.dtype,
+                            read(dy),
+                            read(dz),
+                            read(row),
+                            static_cast<const float*>(read(rstd)),
+                            read(gamma),
+                            read(beta),
+                            seeds.data,
+                            p,
+                            rms,
+                            static_cast<Row>(row_kind),
+                            dresidual.data(),
+                            dx.data(),
+                            dbias.data(),
+                            dgamma.data(),
+                            dbeta.data(),
+                            nullptr};
+  Tensor workspace = Launch::workspace(dy, kernels::residual_norm_backward_workspace(args));
+  args.workspace = write(workspace);
+  kernels::residual_norm_backward(args, launch.stream());
+  return {dresidual.tensor, dx.tensor, dbias.tensor, dgamma.tensor, dbeta.tensor};
+}
+
+#ifdef PETUNE_ALL_OPS
+Tensor bias_act(Tensor u, MaybeTensor bias, MaybeTensor gate, int64_t act) {
+  const int64_t T = u.size(0), N = u.size(1);
+  const Small params({&bias}, T, N);
+  const Launch launch(u);
+  Output h(true, u, {T, N});
+  kernels::bias_act(
+      {T, N, params.G, dtype_of(u), params.dtype, read(u), read(bias), read(gate), static_cast<Act>(act), h.data()},
+      launch.stream());
+  return h.tensor;
+}
+
+std::tuple<Tensor, Tensor, Tensor> bias_act_backward(Tensor dh, Tensor u, MaybeTensor bias, MaybeTensor gate,
+                                                     int64_t act, bool want_du, bool want_dbias, bool want_dgate) {
+  const int64_t T = u.size(0), N = u.size(1);
+  const Small params({&bias}, T, N);
+  const Launch launch(u);
+  Output du(want_du, u, {T, N}), dgate(want_dgate, u, {T, N});
+  Output dbias = small(want_dbias, bias, u);
+  BiasActBackward args{T,
+                       N,
+                       params.G,
+                       dtype_of(u),
+                       params.dtype,
+                       read(dh),
+                       read(u),
+                       read(bias),
+                       read(gate),
+                       static_cast<Act>(act),
+                       du.data(),
+                       dbias.data(),
+                       dgate.data(),
+                       nullptr};
+  Tensor workspace = Launch::workspace(u, kernels::bias_act_backward_workspace(args));
+  args.workspace = write(workspace);
+  kernels::bias_act_backward(args, launch.stream());
+  return {du.tensor, dbias.tensor, dgate.tensor};
+}
+
+Tensor column_sum(Tensor x, int64_t groups) {
+  const int64_t T = x.size(0), N = x.size(1);
+  STD_TORCH_CHECK(groups > 0 && T % groups == 0, "petune: groups do not divide the rows");
+  const Launch launch(x);
+  Tensor out = torch::stable::new_empty(x, Shape{groups, N}, ScalarType::Float);
+  ColumnSum args{T, N, groups, dtype_of(x), read(x), static_cast<float*>(write(out)), nullptr};
+  Tensor workspace = Launch::workspace(x, kernels::column_sum_workspace(args));
+  args.workspace = write(workspace);
+  kernels::column_sum(args, launch.stream());
+  return out;
+}
+
+Tensor dropout(Tensor x, Tensor seed, double p) {
+  const Seed seeds(seed, x.numel());
+  const Launch launch(x);
+  Output y(true, x, shape_of(x));
+  kernels::dropout({x.numel(), seeds.count, dtype_of(x), read(x), seeds.data, p, y.data()}, launch.stream());
+  return y.tensor;
+}
+#endif
+
+STABLE_TORCH_LIBRARY_IMPL(petune, PETUNE_KEY, m) {
+  m.impl("residual_norm", TORCH_BOX(&residual_norm));
+  m.impl("residual_norm_backward", TORCH_BOX(&residual_norm_backward));
+#ifdef PETUNE_ALL_OPS
+  m.impl("bias_act", TORCH_BOX(&bias_act));
+  m.impl("bias_act_backward", TORCH_BOX(&bias_act_backward));
+  m.impl("column_sum", TORCH_BOX(&column_sum));
+  m.impl("dropout", TORCH_BOX(&dropout));
+#endif
+}
+
+}  // namespace
+}  // namespace petune
+
+#ifndef PETUNE_CUDA
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+namespace petune::cpu {
+
+void parallel_for(int64_t n, int64_t grain, void (*body)(void*, int64_t, int64_t), void* context) {
+  torch::stable::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) { body(context, begin, end); });
+}
+
+int max_threads() { return static_cast<int>(torch::stable::get_num_threads()); }
+
+}  // namespace petune::cpu
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "The compiled CPU ops of petune_kernels (registered as torch.ops.petune.*) and the build report.";
+  m.def(
+      "build_info",
+      [] {
+        pybind11::dict info;
+        info["version"] = PETUNE_VERSION;
+        info["compiler"] = PETUNE_COMPILER;
+        info["torch_at_build"] = PETUNE_TORCH;
+        info["torch_minimum"] = "2.10";
+        info["isa"] = petune::cpu::isa_name();
+        info["threads"] = petune::cpu::max_threads();
+        info["cuda"] = PETUNE_CUDA_VERSION;
+        info["cuda_architectures"] = PETUNE_CUDA_ARCHS;
+        return info;
+      },
+      "What was built: version, compiler, torch at build time and oldest torch served, the instruction set in use, "
+      "torch's threads, and the CUDA version and architectures of the CUDA library ('' where it was not built).");
+}
+#endif

@@ -1,0 +1,130 @@
+// The interface between bindings.cpp and the kernels: one struct of plain pointers per op, the same for the CPU and
+// CUDA. No torch header here or in any kernel file, so kernels compile in seconds and run in tests without torch.
+//
+// Shapes as in petune_kernels/schema.py. All tensors are contiguous (attention: strides given). A null output pointer
+// means "not wanted": the kernel computes nothing for it. A null input pointer means "not there".
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace petune {
+
+enum class DType : int { f32, bf16, f16 };
+enum class Row : int { xhat, z, y };
+enum class Act : int { gelu, gelu_tanh, relu, silu };
+
+struct ResidualNorm {
+  int64_t T, H, G;           // rows, width, replicas of the small parameters
+  int64_t seeds;             // elements of seed: 1 or G
+  DType dtype, param_dtype;  // of x, residual, y, z, xhat; of bias, gamma, beta
+  const void *x, *bias, *residual, *gamma, *beta;
+  const int64_t* seed;  // null: no dropout
+  double p, eps;
+  bool rms;
+  void *y, *z, *xhat;  // z, xhat may be null
+  float* rstd;         // [T]
+};
+
+struct ResidualNormBackward {
+  int64_t T, H, G, seeds;
+  DType dtype, param_dtype;
+  const void *dy, *dz, *row;  // dz may be null
+  const float* rstd;
+  const void *gamma, *beta;  // may be null
+  const int64_t* seed;
+  double p;
+  bool rms;
+  Row row_kind;
+  void *dresidual, *dx;          // [T, H]: gradient of z, and of x behind the dropout; either may be null
+  void *dbias, *dgamma, *dbeta;  // [G, H] in param_dtype; each may be null
+  void* workspace;               // residual_norm_backward_workspace bytes, CUDA: zero-filled
+};
+
+struct BiasAct {
+  int64_t T, N, G;
+  DType dtype, param_dtype;
+  const void *u, *bias, *gate;  // bias, gate may be null
+  Act act;
+  void* h;
+};
+
+struct BiasActBackward {
+  int64_t T, N, G;
+  DType dtype, param_dtype;
+  const void *dh, *u, *bias, *gate;
+  Act act;
+  void *du, *dbias, *dgate;  // each may be null
+  void* workspace;
+};
+
+struct ColumnSum {
+  int64_t T, N, G;
+  DType dtype;
+  const void* x;
+  float* out;  // [G, N]
+  void* workspace;
+};
+
+struct Dropout {
+  int64_t n, seeds;  // elements in all, elements of seed; n % seeds == 0
+  DType dtype;
+  const void* x;
+  const int64_t* seed;
+  double p;
+  void* y;
+};
+
+// q, do, o, dq [B, h, S, D]; k, v, dk, dv [B, h, K, D]; strides in elements of batch, head, row; the last is 1.
+struct Strides {
+  int64_t b, h, s;
+};
+
+struct Attention {
+  int64_t B, h, S, K, D;
+  DType dtype;
+  const void *q, *k, *v;
+  Strides q_strides, k_strides, v_strides, o_strides;
+  const void* mask;  // additive, in dtype, broadcast by zero strides; null: none
+  int64_t mask_strides[4];
+  const int64_t* seed;  // element index ((b * h + head) * S + row) * K + column
+  double p, scale;
+  bool causal;  // row i sees columns up to i + K - S
+  void* o;
+  float* lse;  // [B, h, S]; -inf where a row sees nothing, whose o is 0
+};
+
+struct AttentionBackward {
+  Attention forward;  // o and lse are inputs here
+  const void* d_o;
+  Strides do_strides, dq_strides, dk_strides, dv_strides;
+  void *dq, *dk, *dv;
+};
+
+using Stream = void*;  // cudaStream_t; unused on the CPU
+
+#define PETUNE_DECLARE_OPS                                              \
+  void residual_norm(const ResidualNorm&, Stream);                      \
+  void residual_norm_backward(const ResidualNormBackward&, Stream);     \
+  size_t residual_norm_backward_workspace(const ResidualNormBackward&); \
+  void bias_act(const BiasAct&, Stream);                                \
+  void bias_act_backward(const BiasActBackward&, Stream);               \
+  size_t bias_act_backward_workspace(const BiasActBackward&);           \
+  void column_sum(const ColumnSum&, Stream);                            \
+  size_t column_sum_workspace(const ColumnSum&);                        \
+  void dropout(const Dropout&, Stream);
+
+namespace cpu {
+PETUNE_DECLARE_OPS
+void attention(const Attention&);
+void attention_backward(const AttentionBackward&);
+
+// Runs body(context, begin, end) over [0, n) on torch's own thread pool; defined in bindings.cpp.
+void parallel_for(int64_t n, int64_t grain, void (*body)(void*, int64_t, int64_t), void* context);
+int max_threads();
+}  // namespace cpu
+
+namespace cuda {
+PETUNE_DECLARE_OPS
+}  // namespace cuda
+
+}  // namespace petune

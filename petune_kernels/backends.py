@@ -1,0 +1,161 @@
+"""Which implementation an op takes, and `pk.backend(...)` to choose one by hand.
+
+By default every op goes through `torch.ops.petune.*`, where the dispatcher takes the compiled kernel of x's device if
+it is loaded and the reference otherwise. `describe()` says which it is and why; nothing falls back in silence.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import reference, schema
+
+BACKENDS = ("reference", "cpu", "cuda", "triton")
+COMPILED_DTYPES = {
+    "cpu": (torch.float32, torch.bfloat16),
+    "cuda": (torch.float32, torch.bfloat16, torch.float16),
+}
+_CUDA_LIBRARY = Path(__file__).with_name("_cuda.so")
+
+_forced: str | None = None
+
+
+class BackendError(RuntimeError):
+    """The backend asked for cannot run here; the message says why and what to do."""
+
+
+def _load() -> dict[str, str]:
+    """Loads what is installed; returns for each compiled backend '' or the reason why it is not there."""
+    missing = {"cpu": "", "cuda": ""}
+    try:
+        importlib.import_module("petune_kernels._C")
+    except ModuleNotFoundError as error:
+        if error.name != "petune_kernels._C":
+            raise
+        missing["cpu"] = (
+            "the compiled extension is not installed; install a C++ compiler and run "
+            "`pip install --no-build-isolation .` again"
+        )
+    if not torch.cuda.is_available():
+        missing["cuda"] = "torch sees no NVIDIA GPU"
+    elif not _CUDA_LIBRARY.exists():
+        missing["cuda"] = "the CUDA library was not built; install the CUDA toolkit (nvcc), set CUDA_HOME and reinstall"
+    else:
+        torch.ops.load_library(str(_CUDA_LIBRARY))
+    return missing
+
+
+MISSING = _load()
+
+
+def build_info() -> dict[str, Any] | None:
+    """The build report of the compiled extension, or None where it is not installed."""
+    if MISSING["cpu"]:
+        return None
+    return importlib.import_module("petune_kernels._C").build_info()
+
+
+def _has_kernel(op: str, key: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"{schema.NAMESPACE}::{op}", key.upper())
+
+
+def _triton_launcher(op: str) -> Callable[..., Any] | None:
+    """The launcher petune_kernels/triton/<op>.py has for this op (backward ops live in their forward's file)."""
+    module = f"petune_kernels.triton.{op.removesuffix('_backward')}"
+    if importlib.util.find_spec("triton") is None or importlib.util.find_spec(module) is None:
+        return None
+    return getattr(importlib.import_module(module), op, None)
+
+
+def _register_triton() -> None:
+    """On a GPU without the compiled library, the Triton launchers serve the ops they have."""
+    if not torch.cuda.is_available():
+        return
+    for op in schema.SCHEMAS:
+        launcher = None if _has_kernel(op, "cuda") else _triton_launcher(op)
+        if launcher is not None:
+            torch.library.impl(f"{schema.NAMESPACE}::{op}", "CUDA", launcher)
+
+
+_register_triton()
+
+
+@contextlib.contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Makes every op inside the `with` take one implementation: "reference", "cpu", "cuda" or "triton".
+
+    Meant for tests and benchmarks. Raises ValueError for another name and BackendError where that backend cannot run
+    here. An op called inside on a device or dtype the backend does not serve raises BackendError, too.
+    """
+    global _forced
+    if name not in BACKENDS:
+        raise ValueError(f"backend: got {name!r}; accepted are {', '.join(BACKENDS)}")
+    if MISSING.get(name):
+        raise BackendError(f"backend {name!r} cannot run here: {MISSING[name]}")
+    if name == "triton" and importlib.util.find_spec("triton") is None:
+        raise BackendError("backend 'triton' cannot run here: the package triton is not installed")
+    before, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def pick(op: str, x: torch.Tensor) -> Callable[..., Any]:
+    """The implementation of `op` for tensors like x, under the current `backend` choice."""
+    device = x.device.type
+    if _forced == "reference":
+        return getattr(reference, op)
+    if _forced == "triton":
+        launcher = _triton_launcher(op)
+        if launcher is None:
+            raise BackendError(f"backend 'triton' has no kernel for {op}")
+        return launcher
+    served = x.dtype in COMPILED_DTYPES.get(device, ())
+    if _forced is not None and not (device == _forced and served and _has_kernel(op, device)):
+        raise BackendError(f"backend {_forced!r} has no kernel for {op} on {device} in {x.dtype}")
+    if device in COMPILED_DTYPES and not served:
+        return getattr(reference, op)  # float64: compiled kernels accumulate in float32
+    return getattr(getattr(torch.ops, schema.NAMESPACE), op)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What one op takes on one device. `todo` is empty where nothing is missing."""
+
+    op: str
+    device: str
+    backend: str
+    why: str
+    todo: str = ""
+
+
+def describe() -> list[Choice]:
+    """For every op and every device of this machine: the backend it takes, why, and what to do about what is missing."""
+    rows = []
+    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+        for op in schema.SCHEMAS:
+            dtypes = ", ".join(str(d).removeprefix("torch.") for d in COMPILED_DTYPES[device])
+            if _has_kernel(op, device):
+                name = "triton" if MISSING[device] else device
+                rows.append(Choice(op, device, name, f"kernel loaded, for {dtypes}; other dtypes take the reference"))
+            elif MISSING[device]:
+                rows.append(Choice(op, device, "reference", "no compiled kernel is loaded", MISSING[device]))
+            else:
+                rows.append(Choice(op, device, "reference", "this op has no compiled kernel for this device"))
+    return rows
+
+
+def warn_if_slow() -> None:
+    """One warning where ops run on the reference for want of a compiled extension."""
+    if MISSING["cpu"]:
+        warnings.warn(f"petune_kernels runs on its reference ops: {MISSING['cpu']}", RuntimeWarning, stacklevel=3)

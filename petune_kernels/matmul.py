@@ -1,0 +1,278 @@
+r"""`lora_linear` and `packed_linear` by torch's own matmuls (oneDNN, MKL, cuBLAS): their CPU and default CUDA kernels.
+
+Everything around the frozen matmul is arranged so that a result is written at most twice: once by the matmul (with the
+bias where its dtype allows) and once by one addmm_ that folds in every low-rank term at a time.
+
+Low-rank terms in float32 beside 16-bit activations. An adapter in float32 must not lose its low bits, yet the result is
+16-bit and so is its matmul. Each float32 factor u is two 16-bit terms, u = high + low with an error of 2^-17 for bf16,
+and u v^T = high_u high_v^T + low_u high_v^T + high_u low_v^T: one 16-bit matmul of rank 3r with float32 accumulation,
+which costs next to nothing beside the pass over the result. Where the result itself is float32 (x A^T, dA, dB) the
+16-bit rows are widened block by block in cache; no float32 copy of x or dy ever exists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .schema import NAMESPACE
+
+_BLOCK = 1 << 20
+"""Elements widened to float32 at a time: 4 MiB, about a core's share of the last cache."""
+
+
+def _by_replica(x: Tensor, G: int) -> Tensor:
+    """Rows [T, H] as [G, T/G, H]; for G = 1 as they are, since mm is faster than bmm with one batch."""
+    return x if G == 1 else x.reshape(G, x.shape[0] // G, x.shape[1])
+
+
+def _small(m: Tensor) -> Tensor:
+    return m[0] if m.dim() == 3 and m.shape[0] == 1 else m
+
+
+def _product(u: Tensor, v: Tensor, scale: float = 1.0) -> Tensor:
+    """scale * u @ v, the scale applied before rounding."""
+    multiply = torch.addmm if u.dim() == 2 else torch.baddbmm
+    return multiply(u.new_zeros([1] * u.dim()), u, v, beta=0.0, alpha=scale)
+
+
+def _columns(terms: list[tuple[Tensor, Tensor]], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """U and V of `dtype` with U V^T = sum of u v^T over the terms; see the top of the file for the split."""
+    us, vs = [], []
+    for u, v in terms:
+        if u.dtype == dtype and v.dtype == dtype:
+            us.append(u)
+            vs.append(v)
+            continue
+        high_u, high_v = u.to(dtype), v.to(dtype)
+        low_u, low_v = ((t - high).to(dtype) for t, high in ((u, high_u), (v, high_v)))
+        us += [high_u, low_u, high_u]
+        vs += [high_v, high_v, low_v]
+    return (us[0], vs[0]) if len(us) == 1 else (torch.cat(us, -1), torch.cat(vs, -1))
+
+
+def _fold(out: Tensor, terms: list[tuple[Tensor, Tensor]]) -> None:
+    """out += sum of u v^T, in one pass over out."""
+    if terms:
+        u, v = _columns(terms, out.dtype)
+        (out.addmm_ if out.dim() == 2 else out.baddbmm_)(u, v.mT)
+
+
+def _blocks(G: int, rows: int, width: int) -> Iterator[tuple[int, int]]:
+    step = max(1, _BLOCK // max(1, G * width))
+    for start in range(0, rows, step):
+        yield start, min(step, rows - start)
+
+
+def _dropped(x: Tensor, seed: Tensor | None, p: float) -> Tensor:
+    return x if seed is None else torch.ops.petune.dropout(x, seed, p)
+
+
+def _widened(x: Tensor, dropped: Tensor | None, start: int, n: int) -> Tensor:
+    """Some rows of x in float32, zero where dropout zeroed them. The caller owes the factor 1/(1-p), so that x is not
+    rounded again: `dropped` serves as a mask only."""
+    block = x.narrow(-2, start, n)
+    if dropped is not None:
+        block = torch.where(dropped.narrow(-2, start, n) != 0, block, 0)
+    return block.float()
+
+
+def _project(x: Tensor, a: Tensor, dropped: Tensor | None, p: float) -> Tensor:
+    """xa = dropout(x) A^T in A's dtype: [T/G.., r]. x, dropped [.., K], a [.., r, K]."""
+    if a.dtype == x.dtype:
+        return (x if dropped is None else dropped) @ a.mT
+    xa = torch.empty([*x.shape[:-1], a.shape[-2]], dtype=a.dtype, device=x.device)
+    keep = 1.0 if dropped is None else 1.0 / (1.0 - p)
+    for start, n in _blocks(a.shape[0] if a.dim() == 3 else 1, x.shape[-2], x.shape[-1]):
+        xa.narrow(-2, start, n).copy_(_product(_widened(x, dropped, start, n), a.mT, keep))
+    return xa
+
+
+def lora_linear(x, w, bias, a, b, bias_b, seed, p, scale, merged):
+    with torch.autocast(x.device.type, enabled=False):
+        pairs = [_forward(x, *one, merged) for one in zip(w, bias, a, b, bias_b, seed, p, scale, strict=True)]
+    return [y for y, _ in pairs], [xa for _, xa in pairs]
+
+
+def _forward(x, w, bias, a, b, bias_b, seed, p, scale, merged):
+    fits = bias is not None and bias.dim() == 1 and bias.dtype == x.dtype
+    if merged and a is not None:
+        if w.dtype == b.dtype:
+            w = torch.addmm(w, _small(b), _small(a), alpha=scale)
+        else:
+            w = torch.add(w, _small(b) @ _small(a), alpha=scale).to(w.dtype)
+    y = F.linear(x, w, bias if fits else None)
+    G = next((t.shape[0] for t, d in ((a, 3), (bias, 2), (bias_b, 2)) if t is not None and t.dim() == d), 1)
+    x, y_rows = _by_replica(x, G), _by_replica(y, G)
+    terms, xa = [], x.new_empty([0])
+    if bias is not None and not fits:
+        terms.append((_ones(x, bias.dtype), _column(bias, G)))
+    if a is not None and not merged:
+        a, b = _small(a), _small(b)
+        dropped = None if seed is None else _dropped(x.reshape(-1, x.shape[-1]), seed, p).reshape(x.shape)
+        xa = _project(x, a, dropped, p)
+        if terms or bias_b is not None or a.dtype != x.dtype:
+            terms.append((xa * scale, b))
+        else:  # the usual case: nothing to gather, and the scale rides along
+            (y_rows.addmm_ if y_rows.dim() == 2 else y_rows.baddbmm_)(xa, b.mT, alpha=scale)
+        xa = xa.reshape(-1, xa.shape[-1])
+    if bias_b is not None:
+        terms.append((_ones(x, bias_b.dtype) * scale, _column(bias_b, G)))
+    _fold(y_rows, terms)
+    return y, xa
+
+
+def _ones(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """A column of ones [.., T, 1] beside rows [.., T, H]: it carries a bias through a low-rank term."""
+    return rows.new_ones([1] * rows.dim(), dtype=dtype).expand(*rows.shape[:-1], 1)
+
+
+def _column(bias: Tensor, G: int) -> Tensor:
+    """A bias [N] or [G, N] as a factor [N, 1] or [G, N, 1]."""
+    bias = bias.reshape(-1, bias.shape[-1], 1)
+    return bias[0] if G == 1 else bias.expand(G, -1, -1)
+
+
+def lora_linear_backward(
+    dy, x, w, a, b, xa, seed, p, scale, groups, want_dx, want_da, want_db, want_dsum
+):  # fmt: skip
+    like = next(d for d in dy if d is not None)
+    with torch.autocast(like.device.type, enabled=False):
+        return _backward(like, dy, x, w, a, b, xa, seed, p, scale, groups, want_dx, want_da, want_db, want_dsum)
+
+
+def _backward(like, dy, x, w, a, b, xa, seed, p, scale, groups, want_dx, want_da, want_db, want_dsum):
+    K, n = w[0].shape[1], len(w)
+    dx, terms, masked = None, [], []
+    da, db, dsum = ([like.new_empty([0]) for _ in range(n)] for _ in range(3))
+    for i in range(n):
+        dy_i = dy[i]
+        if dy_i is None:  # this output was not used
+            da[i], db[i] = (
+                torch.zeros_like(m) if want else d
+                for m, want, d in ((a[i], want_da[i], da[i]), (b[i], want_db[i], db[i]))
+            )
+            if want_dsum[i]:
+                dsum[i] = like.new_zeros([groups, w[i].shape[0]], dtype=torch.float32)
+            continue
+        if want_dx:
+            dx = dy_i @ w[i] if dx is None else dx.addmm_(dy_i, w[i])
+        if want_dsum[i]:
+            dsum[i] = torch.ops.petune.column_sum(dy_i, groups)
+        if a[i] is None or not (want_dx or want_da[i] or want_db[i]):
+            continue
+        dxa, da_i, db_i = _adapter_gradients(
+            dy_i, x, a[i], b[i], xa[i], seed[i], p[i], want_dx, want_da[i], want_db[i], scale[i]
+        )
+        da[i], db[i] = da_i if want_da[i] else da[i], db_i if want_db[i] else db[i]
+        if want_dx:
+            term = (dxa, _small(a[i]).mT)
+            if seed[i] is None:
+                terms.append(term)
+            else:
+                masked.append((term, seed[i], p[i]))
+    if not want_dx:
+        return like.new_empty([0]), da, db, dsum
+    G = max((m.shape[0] for m in a if m is not None and m.dim() == 3), default=1)
+    _fold(_by_replica(dx, G), terms)
+    for term, seed_i, p_i in masked:
+        u, v = _columns([term], dx.dtype)
+        dx.add_(_dropped((u @ v.mT).reshape(-1, K), seed_i, p_i))
+    return dx, da, db, dsum
+
+
+def _adapter_gradients(dy, x, a, b, xa, seed, p, want_dx, want_da, want_db, scale):
+    """scale * dy B [T, r], dA and dB, from one pass over dy and one over dropout(x)."""
+    G = a.shape[0] if a.dim() == 3 else 1
+    shape_a, shape_b, a, b = a.shape, b.shape, _small(a), _small(b)
+    dy, mixed = _by_replica(dy, G), a.dtype != dy.dtype
+    remake_xa = want_db and xa.numel() == 0  # the forward ran merged
+    dropped = None
+    if x is not None and (want_da or remake_xa):
+        dropped = None if seed is None else _by_replica(_dropped(x, seed, p), G)
+        x = _by_replica(x, G)
+    if want_db:
+        xa = _project(x, a, dropped, p) if remake_xa else _by_replica(xa, G)
+    if not mixed:
+        dxa = _product(dy, b, scale) if want_dx or want_da else None
+        da = dxa.mT @ (x if dropped is None else dropped) if want_da else None
+        # [r, N] first: a matmul with r rows is several times faster than one with r columns
+        db = _product(xa.mT, dy, scale).mT.contiguous() if want_db else None
+    else:
+        keep = 1.0 if seed is None else 1.0 / (1.0 - p)
+        batch, t = dy.shape[:-2], dy.shape[-2]
+        dxa = torch.empty([*batch, t, a.shape[-2]], dtype=a.dtype, device=dy.device)
+        da = torch.zeros_like(a) if want_da else None
+        db = torch.zeros_like(b.mT, memory_format=torch.contiguous_format) if want_db else None
+        for start, n in _blocks(G, t, max(a.shape[-1], b.shape[-2])):
+            rows = dy.narrow(-2, start, n).float()
+            if want_dx or want_da:
+                part = _product(rows, b, scale)
+                dxa.narrow(-2, start, n).copy_(part)
+            if want_da:
+                (da.addmm_ if da.dim() == 2 else da.baddbmm_)(part.mT, _widened(x, dropped, start, n), alpha=keep)
+            if want_db:
+                (db.addmm_ if db.dim() == 2 else db.baddbmm_)(xa.narrow(-2, start, n).mT, rows, alpha=scale)
+        db = db.mT.contiguous() if want_db else None
+    return dxa, da.reshape(shape_a) if want_da else None, db.reshape(shape_b) if want_db else None
+
+
+def behind_one_another(parts: list[Tensor]) -> Tensor | None:
+    """The one matrix whose consecutive row blocks the matrices `parts` are in memory, or None."""
+    first = parts[0]
+    offset = first.storage_offset()
+    for t in parts:
+        if not t.is_contiguous() or (t.dtype, t.device, t.shape[1]) != (first.dtype, first.device, first.shape[1]):
+            return None
+        if t.untyped_storage().data_ptr() != first.untyped_storage().data_ptr() or t.storage_offset() != offset:
+            return None
+        offset += t.numel()
+    return first.as_strided((sum(t.shape[0] for t in parts), first.shape[1]), first.stride(), first.storage_offset())
+
+
+def packed_linear(x, w, bias):
+    fits = all(c is not None and c.dim() == 1 and c.dtype == x.dtype for c in bias)
+    with torch.autocast(x.device.type, enabled=False):
+        whole = behind_one_another(w)
+        if whole is not None:
+            y = F.linear(x, whole, torch.cat(bias) if fits else None)
+        else:
+            y = torch.cat([F.linear(x, m, c if fits else None) for m, c in zip(w, bias, strict=True)], 1)
+        given = [c for c in bias if c is not None]
+        if given and not fits:
+            G, dtype = max(1 if c.dim() == 1 else c.shape[0] for c in given), given[0].dtype
+            columns = [
+                _column(x.new_zeros([m.shape[0]], dtype=dtype) if c is None else c, G)
+                for m, c in zip(w, bias, strict=True)
+            ]
+            rows = _by_replica(y, G)
+            _fold(
+                rows,
+                [(rows.new_ones([1] * rows.dim(), dtype=dtype).expand(*rows.shape[:-1], 1), torch.cat(columns, -2))],
+            )
+    return y
+
+
+def packed_linear_backward(dy, w):
+    with torch.autocast(dy.device.type, enabled=False):
+        whole = behind_one_another(w)
+        if whole is not None:
+            return dy @ whole
+        first, *rest = zip(dy.split([m.shape[0] for m in w], 1), w, strict=True)
+        dx = first[0] @ first[1]
+        for part, m in rest:
+            dx.addmm_(part, m)
+        return dx
+
+
+def _register() -> None:
+    kernels: tuple[Callable, ...] = (lora_linear, lora_linear_backward, packed_linear, packed_linear_backward)
+    for kernel in kernels:
+        for key in ("CPU", "CUDA"):
+            torch.library.impl(f"{NAMESPACE}::{kernel.__name__}", key, kernel)
+
+
+_register()

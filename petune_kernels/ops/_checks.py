@@ -1,0 +1,91 @@
+"""Argument checks shared by the ops: every message names the argument, what was given and what is accepted."""
+
+from __future__ import annotations
+
+import torch
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def floating(op: str, **tensors: torch.Tensor | None) -> None:
+    for name, t in tensors.items():
+        if t is None:
+            continue
+        if not isinstance(t, torch.Tensor):
+            raise TypeError(f"{op}: {name} is {type(t).__name__}; accepted is a torch.Tensor")
+        if t.dtype not in FLOATS:
+            raise TypeError(f"{op}: {name} is {t.dtype}; accepted are float16, bfloat16, float32, float64")
+
+
+def same_device(op: str, x: torch.Tensor, **tensors: torch.Tensor | None) -> None:
+    for name, t in tensors.items():
+        if t is not None and t.device != x.device:
+            raise ValueError(f"{op}: {name} is on {t.device}, x is on {x.device}; they must share one device")
+
+
+def probability(op: str, p: float) -> None:
+    if not isinstance(p, (int, float)) or not 0.0 <= p < 1.0:
+        raise ValueError(f"{op}: p is {p!r}; accepted is a probability in [0, 1)")
+
+
+def rows(op: str, name: str, x: torch.Tensor) -> tuple[int, int]:
+    """T and H of a tensor seen as rows of its last dimension."""
+    if x.dim() == 0:
+        raise ValueError(f"{op}: {name} has no dimension; accepted is [..., H]")
+    H = x.shape[-1]
+    if H == 0:
+        raise ValueError(f"{op}: {name} has shape {tuple(x.shape)}; its last dimension must not be empty")
+    return x.numel() // H, H
+
+
+def same_shape(op: str, x: torch.Tensor, **tensors: torch.Tensor | None) -> None:
+    for name, t in tensors.items():
+        if t is not None and t.shape != x.shape:
+            raise ValueError(f"{op}: {name} has shape {tuple(t.shape)}, x has {tuple(x.shape)}; they must be equal")
+
+
+def small(op: str, T: int, H: int, **params: torch.Tensor | None) -> int:
+    """Checks small parameters [H] or [G, H] against rows [T, H]; returns G."""
+    G: int | None = None
+    for name, t in params.items():
+        if t is None:
+            continue
+        if t.dim() not in (1, 2) or t.shape[-1] != H:
+            raise ValueError(f"{op}: {name} has shape {tuple(t.shape)}; accepted is [{H}] or [G, {H}] for rows of {H}")
+        g = 1 if t.dim() == 1 else t.shape[0]
+        if G is not None and g != G:
+            raise ValueError(f"{op}: {name} has {g} replicas, another parameter has {G}; they must agree")
+        if g == 0 or T % g:
+            raise ValueError(f"{op}: {name} has {g} replicas, which does not divide the {T} rows of x")
+        G = g
+    return 1 if G is None else G
+
+
+def seeds(op: str, seed: torch.Tensor | None, T: int, G: int, device: torch.device) -> None:
+    if seed is None:
+        return
+    if not isinstance(seed, torch.Tensor) or seed.dtype != torch.int64 or seed.dim() != 1:
+        raise TypeError(f"{op}: seed is {seed!r}; accepted is an int64 tensor [1] or [G]")
+    if seed.shape[0] not in (1, G) and (G != 1 or seed.shape[0] == 0 or T % seed.shape[0]):
+        raise ValueError(f"{op}: seed has {seed.shape[0]} elements; accepted are 1 or one for each of {G} replicas")
+    if seed.device != device:
+        raise ValueError(f"{op}: seed is on {seed.device}, x is on {device}; they must share one device")
+
+
+def new_seed(device: torch.device, count: int = 1) -> torch.Tensor:
+    """A dropout seed from torch's own generator of the device: follows torch.manual_seed and activation checkpointing."""
+    return torch.randint(-(2**63), 2**63 - 1, (count,), dtype=torch.int64, device=device)
+
+
+def contiguous_rows(x: torch.Tensor, T: int, H: int) -> torch.Tensor:
+    return x.reshape(T, H).contiguous()
+
+
+def one_dtype(x: torch.Tensor, *params: torch.Tensor | None) -> list[torch.Tensor | None]:
+    """Small parameters in one dtype that a kernel takes: x's or float32. Casting is seen by autograd, and tiny."""
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    dtypes = {t.dtype for t in params if t is not None}
+    dtype = dtypes.pop() if len(dtypes) == 1 else wide
+    if dtype not in (x.dtype, wide):
+        dtype = wide
+    return [None if t is None else t.to(dtype) for t in params]

@@ -1,0 +1,29 @@
+r"""frozen_linear: y = x W^T + b where W does not train.
+
+Backward: dx = dy W, db = sum_rows dy by `column_sum` in float32. Nothing is saved but W: autograd's own linear keeps x
+only while W trains, so what this op adds is the bias: a float32 accumulation whatever the dtype, a replica axis, and a
+bias that may stay float32 beside 16-bit activations.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .packed_linear import packed_linear
+
+
+def frozen_linear(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
+    """y = x W^T + b.
+
+    Args:
+        x: [..., K], float16, bfloat16, float32 or float64.
+        w: [N, K] in x's dtype. Frozen as a rule; where it requires grad, it gets its gradient.
+        b: [N], or [G, N] for G replicas whose rows follow one another; x's dtype or float32.
+
+    Returns:
+        [..., N]. Under autocast everything is computed in autocast's dtype.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was given and what is accepted.
+    """
+    return packed_linear(x, (w,), (b,), op="frozen_linear")[0]

@@ -1,0 +1,268 @@
+r"""lora_linear: a frozen linear layer with its LoRA update, for one projection or several that read the same x.
+
+Forward, per projection (Hu et al. 2022; PEFT's `lora.Linear`, whose `lora_bias` is bias_b):
+
+    y = x W^T + bias + s * (dropout(x) A^T B^T + bias_b)
+
+Backward, with D the dropout mask (0 or 1/(1-p)) and xa = dropout(x) A^T:
+
+    dx = sum over projections of  dy W + D * (s dy B) A
+    dA = (s dy B)^T dropout(x)      dB = s dy^T xa      dbias = sum_rows dy      dbias_b = s sum_rows dy
+
+Saved: x (shared with whatever made it), xa [T, r], the seed; nothing else but parameters, and of those two only what
+the gradients asked for need. Eager PEFT saves, for each projection, dropout(x), its mask, and in mixed precision x in
+float32. Masks are drawn for each projection apart, as PEFT's modules do.
+
+Numerics. W and x share a dtype; adapters share one that is x's or float32. In the latter case xa, dA and dB are what
+float32 arithmetic gives from the 16-bit x and dy, as in PEFT, without widening x (see matmul.py).
+
+Two paths forward. "adapter" multiplies by W and folds the rank-r product in: one more pass over y. "merged" multiplies
+by W + s B A: one more pass over W, no xa, but no dropout and no replicas. In 16 bits the sum W + s B A rounds a small
+update away, and a training run starts at update zero, so "auto" merges float32 weights only, from MERGE_ROWS rows on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import matmul  # noqa: F401  (registers the ops' matmul kernels)
+from ..backends import pick
+from . import _checks as check
+
+PATHS = ("auto", "adapter", "merged")
+
+MERGE_ROWS: dict[str, float | None] = {"cpu": None, "cuda": None}
+"""Per device type: "auto" merges when T is at least this multiple of K. None: never (on CUDA: not measured)."""
+
+
+class LoraLinear(torch.autograd.Function):
+    """apply(x, p, scale, groups, merged, *w, *bias, *a, *b, *bias_b, *seed): n entries of each, None where absent."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, p: tuple, scale: tuple, groups: int, merged: bool, *tensors: Any) -> Any:
+        n = len(p)
+        w, bias, a, b, bias_b, seed = (list(tensors[i * n : (i + 1) * n]) for i in range(6))
+        y, xa = pick("lora_linear", x)(
+            x, [m.to(x.dtype) for m in w], bias, a, b, bias_b, seed, list(p), list(scale), merged
+        )
+        need = ctx.needs_input_grad[5:]
+        need_x = any(need[:n]) or any(need[2 * n : 3 * n]) or (merged and any(need[3 * n : 4 * n]))
+        ctx.save_for_backward(
+            x if need_x else None, *w, *bias, *a, *b, *bias_b, *seed,
+            *(t if wanted else None for t, wanted in zip(xa, need[3 * n : 4 * n], strict=True)),
+        )  # fmt: skip
+        ctx.p, ctx.scale, ctx.groups = p, scale, groups
+        ctx.set_materialize_grads(False)
+        return tuple(y)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *dy: Tensor | None) -> Any:
+        n = len(ctx.p)
+        x, *saved = ctx.saved_tensors
+        w, bias, a, b, bias_b, seed, xa = (list(saved[i * n : (i + 1) * n]) for i in range(7))
+        like = next((d for d in dy if d is not None), None)
+        if like is None:
+            return (None,) * (5 + 6 * n)
+        need = ctx.needs_input_grad[5:]
+        want_w, want_bias, want_a, want_b, want_bias_b = (list(need[i * n : (i + 1) * n]) for i in range(5))
+        want_dsum = [i or j for i, j in zip(want_bias, want_bias_b, strict=True)]
+        rows = [None if d is None else d.contiguous() for d in dy]
+        dx, da, db, dsum = pick("lora_linear_backward", like)(
+            rows, x, [m.to(like.dtype) for m in w], a, b, [like.new_empty([0]) if t is None else t for t in xa],
+            seed, list(ctx.p), list(ctx.scale), ctx.groups, ctx.needs_input_grad[0], want_a, want_b, want_dsum,
+        )  # fmt: skip
+        dw, dbias, dbias_b = ([None] * n for _ in range(3))  # type: tuple[list[Any], list[Any], list[Any]]
+        for i in range(n):
+            if want_w[i] and rows[i] is not None:
+                dw[i] = (rows[i].T @ x).to(w[i].dtype)  # type: ignore[union-attr]
+            if want_bias[i]:
+                dbias[i] = bias_gradient(dsum[i], bias[i])
+            if want_bias_b[i]:
+                dbias_b[i] = bias_gradient(dsum[i] * ctx.scale[i], bias_b[i])
+        da = [g if wanted else None for g, wanted in zip(da, want_a, strict=True)]
+        db = [g if wanted else None for g, wanted in zip(db, want_b, strict=True)]
+        return (dx if ctx.needs_input_grad[0] else None, *(None,) * 4,
+                *dw, *dbias, *da, *db, *dbias_b, *(None,) * n)  # fmt: skip
+
+
+def bias_gradient(dsum: Tensor, bias: Tensor) -> Tensor:
+    """Column sums [G, N] as the gradient of a bias [N] (which all replicas share) or [G, N]."""
+    if dsum.numel() != bias.numel():
+        dsum = dsum.sum(0)
+    return dsum.reshape(bias.shape).to(bias.dtype)
+
+
+def as_list(op: str, name: str, value: Any, n: int) -> list[Any]:
+    """One value a projection: a sequence of n, or None for none anywhere."""
+    if value is None:
+        return [None] * n
+    if not isinstance(value, (list, tuple)):
+        value = [value]
+    if len(value) != n:
+        raise ValueError(f"{op}: {name} has {len(value)} entries for {n} projections; accepted is one for each")
+    return list(value)
+
+
+def projections(
+    op: str, x: Tensor, w: list[Tensor], bias: list[Tensor | None], *, autocast: bool
+) -> tuple[int, int, int]:
+    """Checks x, W and bias of projections that share x; returns T, K and the G that the biases imply."""
+    check.floating(op, x=x)
+    T, K = check.rows(op, "x", x)
+    G = 1
+    for i, (m, c) in enumerate(zip(w, bias, strict=True)):
+        tensors = {f"w[{i}]": m, f"bias[{i}]": c}
+        if not isinstance(m, Tensor):
+            raise TypeError(f"{op}: w[{i}] is {type(m).__name__}; accepted is a torch.Tensor")
+        check.floating(op, **tensors)
+        check.same_device(op, x, **tensors)
+        if m.dim() != 2 or m.shape[1] != K or m.shape[0] == 0:
+            raise ValueError(f"{op}: w[{i}] has shape {tuple(m.shape)}; accepted is [N, {K}] for x of {tuple(x.shape)}")
+        if m.dtype != x.dtype and not autocast:
+            raise TypeError(f"{op}: w[{i}] is {m.dtype}, x is {x.dtype}; they must agree")
+        G = max(G, check.small(op, T, m.shape[0], **{f"bias[{i}]": c}))
+        _adapter_dtype(op, x, **{f"bias[{i}]": c})
+    for i, c in enumerate(bias):
+        if c is not None and c.dim() == 2 and c.shape[0] != G:
+            raise ValueError(f"{op}: bias[{i}] has {c.shape[0]} replicas, another has {G}; they must agree")
+    return T, K, G
+
+
+def _adapter_dtype(op: str, x: Tensor, **tensors: Tensor | None) -> None:
+    for name, t in tensors.items():
+        if t is not None and t.dtype != x.dtype and (t.dtype != torch.float32 or x.dtype == torch.float64):
+            also = "" if x.dtype in (torch.float32, torch.float64) else " or float32"
+            raise TypeError(f"{op}: {name} is {t.dtype}; accepted is x's {x.dtype}{also}")
+
+
+def _adapter(
+    op: str, i: int, x: Tensor, N: int, a: Tensor | None, b: Tensor | None, bias_b: Tensor | None
+) -> int | None:
+    """Checks one projection's adapter; returns its G, or None where there is no adapter."""
+    tensors = {f"a[{i}]": a, f"b[{i}]": b, f"bias_b[{i}]": bias_b}
+    if a is None or b is None:
+        given = [name for name, t in tensors.items() if t is not None]
+        if given:
+            raise ValueError(f"{op}: {given[0]} is given without its a and b; accepted is both or neither")
+        return None
+    check.floating(op, **tensors)
+    check.same_device(op, x, **tensors)
+    _adapter_dtype(op, x, **tensors)
+    if not a.dtype == b.dtype == (b if bias_b is None else bias_b).dtype:
+        raise TypeError(f"{op}: a[{i}], b[{i}] and bias_b[{i}] differ in dtype ({a.dtype}, {b.dtype}); they must agree")
+    K = x.shape[-1]
+    if a.dim() not in (2, 3) or a.shape[-1] != K or 0 in a.shape:
+        raise ValueError(
+            f"{op}: a[{i}] has shape {tuple(a.shape)}; accepted is [r, {K}] or [G, r, {K}] with r and G of at least 1"
+        )
+    wanted = (*a.shape[:-2], N, a.shape[-2])
+    if b.shape != wanted:
+        raise ValueError(
+            f"{op}: b[{i}] has shape {tuple(b.shape)}; beside a[{i}] of {tuple(a.shape)} it must be {wanted}"
+        )
+    if bias_b is not None and bias_b.shape != (*a.shape[:-2], N):
+        raise ValueError(
+            f"{op}: bias_b[{i}] has shape {tuple(bias_b.shape)}; beside b[{i}] it must be {(*a.shape[:-2], N)}"
+        )
+    return 1 if a.dim() == 2 else a.shape[0]
+
+
+def choose_path(path: str, x: Tensor, T: int, G: int, p: Sequence[float]) -> bool:
+    """Whether the forward runs on the merged weight."""
+    if path not in PATHS:
+        raise ValueError(f"lora_linear: path is {path!r}; accepted are {', '.join(PATHS)}")
+    possible = G == 1 and not any(p)
+    if path == "merged" and not possible:
+        raise ValueError(f"lora_linear: path 'merged' needs p = 0 and one replica; got p {tuple(p)} and G {G}")
+    if path != "auto":
+        return path == "merged"
+    factor = MERGE_ROWS.get(x.device.type)
+    return possible and factor is not None and x.dtype == torch.float32 and T >= factor * x.shape[-1]
+
+
+def lora_linear(
+    x: Tensor,
+    w: Tensor | Sequence[Tensor],
+    bias: Tensor | Sequence[Tensor | None] | None = None,
+    a: Tensor | Sequence[Tensor | None] | None = None,
+    b: Tensor | Sequence[Tensor | None] | None = None,
+    *,
+    bias_b: Tensor | Sequence[Tensor | None] | None = None,
+    scale: float | Sequence[float] = 1.0,
+    p: float | Sequence[float] = 0.0,
+    seed: Tensor | Sequence[Tensor | None] | None = None,
+    path: str = "auto",
+) -> Any:
+    """y_i = x W_i^T + bias_i + s_i (dropout(x) A_i^T B_i^T + bias_b_i); see the top of this file.
+
+    Args:
+        x: [..., K], float16, bfloat16, float32 or float64; its T rows are all but the last dimension.
+        w: [N, K] in x's dtype, or a sequence of them for projections that share x. Frozen as a rule; where one
+            requires grad, it gets its gradient.
+        bias: [N] or [G, N], x's dtype or float32, each or all None.
+        a, b: [r, K] and [N, r], or [G, r, K] and [G, N, r] for G replicas whose rows follow one another (G divides
+            T); x's dtype or float32. None in both for a projection without an adapter.
+        bias_b: [N] or [G, N], the bias of PEFT's lora_B, scaled like the update.
+        scale: s, one number or one for each projection.
+        p: dropout probability in [0, 1), likewise; in effect whenever it is not 0.
+        seed: int64 [1] or [G], one tensor for each projection; drawn from torch's generator of x's device when None.
+        path: "auto", "adapter" or "merged" (W + s B A; needs p = 0 and one replica).
+
+    Returns:
+        [..., N], or a tuple of them when w is a sequence. Under autocast everything is computed in autocast's dtype.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was given and what is accepted.
+    """
+    op = "lora_linear"
+    single = isinstance(w, Tensor)
+    ws: list[Any] = [w] if isinstance(w, Tensor) else list(w)
+    n = len(ws)
+    if n == 0:
+        raise ValueError(f"{op}: w is empty; accepted is at least one projection")
+    biases, as_, bs, bias_bs, seeds = (
+        as_list(op, name, value, n)
+        for name, value in (("bias", bias), ("a", a), ("b", b), ("bias_b", bias_b), ("seed", seed))
+    )
+    ps, scales = (
+        as_list(op, name, value if isinstance(value, (list, tuple)) else [value] * n, n)
+        for name, value in (("p", p), ("scale", scale))
+    )
+    autocast = isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
+    if autocast:
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x = x.to(dtype)
+        biases, as_, bs, bias_bs = (
+            [None if t is None else t.to(dtype) for t in ts] for ts in (biases, as_, bs, bias_bs)
+        )
+    T, K, G = projections(op, x, ws, biases, autocast=autocast)
+    for i in range(n):
+        check.probability(op, ps[i])
+        g = _adapter(op, i, x, ws[i].shape[0], as_[i], bs[i], bias_bs[i])
+        if g is not None and g > 1:
+            if G not in (1, g) or T % g:
+                raise ValueError(
+                    f"{op}: a[{i}] has {g} replicas; they must divide the {T} rows of x and agree with the others' {G}"
+                )
+            G = g
+    for i in range(n):
+        if as_[i] is not None and G != (1 if as_[i].dim() == 2 else as_[i].shape[0]):
+            raise ValueError(f"{op}: a[{i}] has shape {tuple(as_[i].shape)}; another parameter has {G} replicas")
+        check.seeds(op, seeds[i], T, G, x.device)
+        if ps[i] == 0.0 or as_[i] is None:
+            seeds[i] = None
+        elif seeds[i] is None:
+            seeds[i] = check.new_seed(x.device, G)
+    ps = [float(q) if s is not None else 0.0 for q, s in zip(ps, seeds, strict=True)]
+    merged = choose_path(path, x, T, G, ps)
+    rows = check.contiguous_rows(x, T, K)
+    y = LoraLinear.apply(
+        rows, tuple(ps), tuple(float(s) for s in scales), G, merged, *ws, *biases, *as_, *bs, *bias_bs, *seeds
+    )
+    shaped = tuple(t.reshape(*x.shape[:-1], t.shape[-1]) for t in y)
+    return shaped[0] if single else shaped

@@ -1,0 +1,66 @@
+"""Pattern `post_norm_tail`: how BERT and its relatives end a block, LayerNorm(dropout(dense(hidden)) + residual).
+
+A module that holds exactly a projection, an nn.Dropout and an nn.LayerNorm and is called as forward(hidden, residual).
+The projection's bias, the dropout, the sum and the norm become one op. A projection that is not a plain nn.Linear
+(PEFT's LoRA layer, one with hooks) is called as it is, with its own bias.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..ops.residual_norm import residual_norm
+from .pattern import Pattern, is_plain
+
+
+def _parts(module: nn.Module) -> Mapping[str, str] | None:
+    roles = {}
+    for name, child in module.named_children():
+        role = {nn.LayerNorm: "norm", nn.Dropout: "dropout"}.get(type(child), "dense")  # type: ignore[call-overload]
+        roles[role] = name
+    if len(roles) != 3 or len(module._modules) != 3:
+        return None
+    taken = [p for p in inspect.signature(type(module).forward).parameters.values() if p.default is p.empty]
+    return roles if len(taken) == 3 else None  # self, hidden, residual
+
+
+def _refuse(module: nn.Module, parts: Mapping[str, str]) -> str:
+    norm = getattr(module, parts["norm"])
+    if len(norm.normalized_shape) != 1:
+        return f"its norm works over {len(norm.normalized_shape)} dimensions; the kernel takes one"
+    if next(module.get_submodule(parts["dense"]).parameters(), None) is None:
+        return f"{parts['dense']} is no projection: it has no parameters"
+    if not isinstance(getattr(module.get_submodule(parts["dense"]), "in_features", None), int):
+        return f"{parts['dense']} ({type(getattr(module, parts['dense'])).__name__}) does not say its in_features"
+    return ""
+
+
+def _sample(module: nn.Module, parts: Mapping[str, str], generator: torch.Generator) -> tuple[Tensor, ...]:
+    dense, norm = getattr(module, parts["dense"]), getattr(module, parts["norm"])
+    like = next(dense.parameters())
+    return tuple(
+        torch.randn(1, 3, width, generator=generator, device=like.device).to(like.dtype)
+        for width in (dense.in_features, norm.normalized_shape[0])
+    )
+
+
+def _forward(module: nn.Module, parts: Mapping[str, str], hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
+    dense, dropout, norm = (getattr(module, parts[role]) for role in ("dense", "dropout", "norm"))
+    if not (is_plain(norm, nn.LayerNorm) and is_plain(dropout, nn.Dropout)):
+        return type(module).forward(module, hidden_states, input_tensor)
+    if is_plain(dense, nn.Linear):
+        x, bias = F.linear(hidden_states, dense.weight), dense.bias
+    else:
+        x, bias = dense(hidden_states), None
+    p = dropout.p if dropout.training else 0.0
+    y = residual_norm(x, norm.weight, norm.bias, bias=bias, residual=input_tensor, p=p, eps=norm.eps)
+    assert isinstance(y, Tensor)
+    return y
+
+
+PATTERN = Pattern("post_norm_tail", _parts, _refuse, _sample, _forward)

@@ -1,0 +1,263 @@
+"""Every op in plain PyTorch: the specification, the fallback where nothing compiled is at hand, and the tests' oracle.
+
+Signatures and shapes are those of schema.py. Everything is computed in float32 (float64 for float64) and rounded once.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+_M0, _M1 = 0xD2511F53, 0xCD9E8D57
+_W0, _W1 = 0x9E3779B9, 0xBB67AE85
+_LOW = 0xFFFFFFFF
+
+
+def _wide(x: torch.Tensor) -> torch.Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _nothing(x: torch.Tensor) -> torch.Tensor:
+    return x.new_empty([0])
+
+
+def _rows(param: torch.Tensor | None, T: int) -> torch.Tensor | float:
+    """A small parameter [H] or [G, H] as something that broadcasts over [T, H]."""
+    if param is None:
+        return 0.0
+    param = _wide(param)
+    return param if param.dim() == 1 else param.repeat_interleave(T // param.shape[0], 0)
+
+
+def _sum_rows(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Sum [T, H] over the rows of each replica, into the shape and dtype of the small parameter `like`."""
+    G = 1 if like.dim() == 1 else like.shape[0]
+    return x.reshape(G, -1, x.shape[1]).sum(1).reshape(like.shape).to(like.dtype)
+
+
+def _mulhilo(a: int, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """High and low 32 bits of a*b for 32-bit values held in int64, without overflowing its sign bit."""
+    low, high = (b & 0xFFFF) * a, (b >> 16) * a
+    carried = high + (low >> 16)
+    return (carried >> 16) & _LOW, ((carried << 16) | (low & 0xFFFF)) & _LOW
+
+
+def philox(seed: torch.Tensor, counter: torch.Tensor) -> torch.Tensor:
+    """Philox4x32-10 (Salmon et al., SC 2011): [n, 4] words below 2^32, as int64.
+
+    seed: int64, one element; counter: int64 [n]. Key words are the seed's low and high half, counter words are the
+    counter's low and high half and two zeros.
+    """
+    k0, k1 = seed & _LOW, (seed >> 32) & _LOW
+    c0, c1 = counter & _LOW, (counter >> 32) & _LOW
+    c2, c3 = torch.zeros_like(counter), torch.zeros_like(counter)
+    for _ in range(10):
+        high0, low0 = _mulhilo(_M0, c0)
+        high1, low1 = _mulhilo(_M1, c2)
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + _W0) & _LOW, (k1 + _W1) & _LOW
+    return torch.stack([c0, c1, c2, c3], -1)
+
+
+def keep_mask(seed: torch.Tensor, p: float, n: int) -> torch.Tensor:
+    """The dropout contract: bool [len(seed) * n], n elements under each seed; True is kept.
+
+    Element e is kept iff lane e % 4 of philox(seed, e // 4) is at least floor(p * 2^32).
+    """
+    counter = torch.arange((n + 3) // 4, device=seed.device)
+    words = [philox(s, counter).reshape(-1)[:n] for s in seed.reshape(-1)]
+    return torch.cat(words) >= int(p * 2.0**32)
+
+
+def _drop(x: torch.Tensor, seed: torch.Tensor | None, p: float) -> torch.Tensor:
+    if seed is None:
+        return x
+    keep = keep_mask(seed, p, x.numel() // seed.numel()).reshape(x.shape)
+    return torch.where(keep, x * (1.0 / (1.0 - p)), 0.0)
+
+
+def residual_norm(x, bias, residual, gamma, beta, seed, p, eps, rms, want_z, want_xhat):
+    T = x.shape[0]
+    z = _drop(_wide(x) + _rows(bias, T), seed, p)
+    if residual is not None:
+        z = z + _wide(residual)
+    centred = z if rms else z - z.mean(1, keepdim=True)
+    rstd = (centred.square().mean(1) + eps).rsqrt()
+    xhat = centred * rstd[:, None]
+    y = xhat if gamma is None else xhat * _rows(gamma, T)
+    y = (y + _rows(beta, T)).to(x.dtype)
+    # a result may be x itself (nothing to do in z): an op must not return its input
+    return y, z.to(x.dtype, copy=True) if want_z else _nothing(x), xhat.to(x.dtype) if want_xhat else _nothing(x), rstd
+
+
+def residual_norm_backward(
+    dy, dz, row, rstd, bias, gamma, beta, seed, p, rms, row_kind, want_dresidual, want_dx, want_dbias, want_dgamma,
+    want_dbeta,
+):  # fmt: skip
+    T = dy.shape[0]
+    wide_dy, xhat = _wide(dy), _wide(row)
+    if row_kind == 1:  # z
+        xhat = (xhat if rms else xhat - xhat.mean(1, keepdim=True)) * rstd[:, None]
+    elif row_kind == 2:  # y
+        xhat = xhat - _rows(beta, T)
+        xhat = xhat if gamma is None else xhat / _rows(gamma, T)
+    g = wide_dy if gamma is None else wide_dy * _rows(gamma, T)
+    d = g - xhat * (g * xhat).mean(1, keepdim=True)
+    if not rms:
+        d = d - g.mean(1, keepdim=True)
+    d = d * rstd[:, None]
+    if dz is not None:
+        d = d + _wide(dz)
+    dropped = _drop(d, seed, p)
+    return (
+        d.to(dy.dtype) if want_dresidual else _nothing(dy),
+        dropped.to(dy.dtype, copy=True) if want_dx else _nothing(dy),
+        _sum_rows(dropped, bias) if want_dbias else _nothing(dy),
+        _sum_rows(wide_dy * xhat, gamma) if want_dgamma else _nothing(dy),
+        _sum_rows(wide_dy, beta) if want_dbeta else _nothing(dy),
+    )
+
+
+def _activate(u: torch.Tensor, act: int) -> torch.Tensor:
+    return (F.gelu, lambda v: F.gelu(v, approximate="tanh"), F.relu, F.silu)[act](u)
+
+
+def _activate_grad(u: torch.Tensor, act: int) -> torch.Tensor:
+    if act == 0:
+        cdf = 0.5 * (1.0 + torch.erf(u * 0.5**0.5))
+        return cdf + u * torch.exp(-0.5 * u * u) * 0.3989422804014327
+    if act == 1:
+        k, c = 0.7978845608028654, 0.044715
+        t = torch.tanh(k * (u + c * u**3))
+        return 0.5 * (1.0 + t) + 0.5 * u * (1.0 - t * t) * k * (1.0 + 3.0 * c * u * u)
+    if act == 2:
+        return (u > 0).to(u.dtype)
+    s = torch.sigmoid(u)
+    return s * (1.0 + u * (1.0 - s))
+
+
+def bias_act(u, bias, gate, act):
+    h = _activate(_wide(u) + _rows(bias, u.shape[0]), act)
+    if gate is not None:
+        h = h * _wide(gate)
+    return h.to(u.dtype)
+
+
+def bias_act_backward(dh, u, bias, gate, act, want_du, want_dbias, want_dgate):
+    wide_dh, v = _wide(dh), _wide(u) + _rows(bias, u.shape[0])
+    du = (wide_dh if gate is None else wide_dh * _wide(gate)) * _activate_grad(v, act)
+    return (
+        du.to(u.dtype) if want_du else _nothing(u),
+        _sum_rows(du, bias) if want_dbias else _nothing(u),
+        (wide_dh * _activate(v, act)).to(u.dtype) if want_dgate else _nothing(u),
+    )
+
+
+def column_sum(x, groups):
+    return _wide(x).reshape(groups, -1, x.shape[1]).sum(1)
+
+
+def dropout(x, seed, p):
+    return _drop(_wide(x), seed, p).to(x.dtype)
+
+
+def _probabilities(q, k, mask, scale, causal):
+    """Scores [B, h, S, K] under the mask; a row with nothing to look at gets probability 0 and lse -inf."""
+    scores = _wide(q) @ _wide(k).transpose(-1, -2) * scale
+    if mask is not None:
+        scores = scores + _wide(mask)
+    if causal:
+        S, K = scores.shape[-2:]
+        scores = scores.masked_fill(torch.ones(S, K, dtype=torch.bool, device=q.device).triu(1 + K - S), -torch.inf)
+    return scores
+
+
+def attention(q, k, v, mask, seed, p, scale, causal):
+    scores = _probabilities(q, k, mask, scale, causal)
+    lse = torch.logsumexp(scores, -1)
+    prob = torch.where(lse[..., None] == -torch.inf, 0.0, torch.exp(scores - lse[..., None]))
+    o = (_drop(prob, seed, p) @ _wide(v)).to(q.dtype)
+    return o.transpose(1, 2).contiguous().transpose(1, 2), lse
+
+
+def attention_backward(do, q, k, v, mask, o, lse, seed, p, scale, causal):
+    scores = _probabilities(q, k, mask, scale, causal)
+    prob = torch.where(lse[..., None] == -torch.inf, 0.0, torch.exp(scores - lse[..., None]))
+    wide_do = _wide(do)
+    dv = _drop(prob, seed, p).transpose(-1, -2) @ wide_do
+    dprob = _drop(wide_do @ _wide(v).transpose(-1, -2), seed, p)
+    delta = (wide_do * _wide(o)).sum(-1, keepdim=True)
+    dscores = prob * (dprob - delta) * scale
+    dq, dk = dscores @ _wide(k), dscores.transpose(-1, -2) @ _wide(q)
+    return tuple(
+        d.to(like.dtype).transpose(1, 2).contiguous().transpose(1, 2) for d, like in ((dq, q), (dk, k), (dv, v))
+    )
+
+
+def _by_replica(x: torch.Tensor, groups: int) -> torch.Tensor:
+    """[T, H] as [G, T/G, H]; a small matrix [m, n] or [G, m, n] as something that multiplies it."""
+    return _wide(x).reshape(groups, -1, x.shape[-1])
+
+
+def lora_linear(x, w, bias, a, b, bias_b, seed, p, scale, merged):
+    T, ys, xas = x.shape[0], [], []
+    for i, w_i in enumerate(w):
+        y, xa = _wide(x) @ _wide(w_i).T + _rows(bias[i], T), _nothing(x)
+        if a[i] is not None:
+            G = 1 if a[i].dim() == 2 else a[i].shape[0]
+            wide_xa = _by_replica(_drop(_wide(x), seed[i], p[i]), G) @ _by_replica(a[i], G).mT
+            update = (wide_xa @ _by_replica(b[i], G).mT).reshape(T, -1) + _rows(bias_b[i], T)
+            y = y + scale[i] * update
+            xa = _nothing(x) if merged else wide_xa.reshape(T, -1).to(a[i].dtype)
+        ys.append(y.to(x.dtype))
+        xas.append(xa)
+    return ys, xas
+
+
+def lora_linear_backward(
+    dy, x, w, a, b, xa, seed, p, scale, groups, want_dx, want_da, want_db, want_dsum
+):  # fmt: skip
+    like = next(d for d in dy if d is not None)
+    T, K, n = like.shape[0], w[0].shape[1], len(w)
+    dx = _wide(like).new_zeros([T, K])
+    da, db, dsum = ([_nothing(like)] * n for _ in range(3))
+    for i, dy_i in enumerate(dy):
+        if want_da[i]:
+            da[i] = torch.zeros_like(a[i])
+        if want_db[i]:
+            db[i] = torch.zeros_like(b[i])
+        if want_dsum[i]:
+            dsum[i] = _wide(like).new_zeros([groups, w[i].shape[0]]) if dy_i is None else column_sum(dy_i, groups)
+        if dy_i is None:
+            continue
+        if want_dx:
+            dx = dx + _wide(dy_i) @ _wide(w[i])
+        if a[i] is None:
+            continue
+        G = 1 if a[i].dim() == 2 else a[i].shape[0]
+        wide_dy = scale[i] * _by_replica(dy_i, G)
+        dxa = wide_dy @ _by_replica(b[i], G)
+        if want_dx:
+            dx = dx + _drop((dxa @ _by_replica(a[i], G)).reshape(T, K), seed[i], p[i])
+        if want_da[i]:
+            dropped = _by_replica(_drop(_wide(x), seed[i], p[i]), G)
+            da[i] = (dxa.mT @ dropped).reshape(a[i].shape).to(a[i].dtype)
+        if want_db[i]:
+            if xa[i].numel():
+                wide_xa = _by_replica(xa[i], G)
+            else:  # merged forward
+                wide_xa = _by_replica(_drop(_wide(x), seed[i], p[i]), G) @ _by_replica(a[i], G).mT
+            db[i] = (wide_dy.mT @ wide_xa).reshape(b[i].shape).to(b[i].dtype)
+    # an entry nobody asked for is its own empty tensor: an op's outputs must not alias
+    da, db, dsum = ([t.clone() if t.numel() == 0 else t for t in ts] for ts in (da, db, dsum))
+    return dx.to(like.dtype) if want_dx else _nothing(like), da, db, dsum
+
+
+def packed_linear(x, w, bias):
+    T = x.shape[0]
+    parts = [_wide(x) @ _wide(m).T + _rows(c, T) for m, c in zip(w, bias, strict=True)]
+    return torch.cat(parts, 1).to(x.dtype)
+
+
+def packed_linear_backward(dy, w):
+    return (_wide(dy) @ _wide(torch.cat(w))).to(dy.dtype)

@@ -1,0 +1,182 @@
+"""Training a few scalars of a weight and leaving all others bit-identical, whatever the optimizer and its decay.
+
+W [..] keeps its Parameter, frozen. Beside it, its module holds `<name>_sampled` [n], the Parameter that trains, and
+`<name>_sampled_index` [n], the flat positions in W. While the module runs, W stands replaced by
+
+    W' = W with W.flatten()[index] = sampled,        d sampled = (dW').flatten()[index]
+
+written in place: W' is W's own memory. Checkpoints know nothing of it: state_dict() first writes the values into W and
+leaves the two entries out; load_state_dict() reads the values from the loaded W. Between an optimizer step and the
+next forward or state_dict(), W holds the values of before the step.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_ATTRIBUTE = "_petune_sampled"
+_VALUES = "_sampled"
+_INDEX = "_sampled_index"
+
+
+def draw(total: int, count: int, seed: int) -> Tensor:
+    """count of the numbers 0 .. total-1 without repeats, every subset equally likely: sorted int64 [count] on the CPU.
+
+    The same seed gives the same numbers on every machine. Memory goes with count, not with total: repeats are drawn
+    again; of more than half of all numbers the others are drawn instead.
+    """
+    if 2 * count > total:
+        keep = torch.ones(total, dtype=torch.bool)
+        keep[draw(total, total - count, seed)] = False
+        return keep.nonzero().squeeze(1)
+    generator = torch.Generator().manual_seed(seed)
+    numbers = torch.empty(0, dtype=torch.int64)
+    while len(numbers) < count:
+        # Of 62 random bits, because torch.randint's own remainder of 32 bits favours low numbers by up to 5 %.
+        more = torch.randint(2**62, (count - len(numbers),), generator=generator) % total
+        numbers = torch.cat([numbers, more]).unique()
+    return numbers
+
+
+class _Scatter(torch.autograd.Function):
+    """(w, index [n], values [n]) -> w's memory with the values in place."""
+
+    @staticmethod
+    def forward(ctx: Any, w: Tensor, index: Tensor, values: Tensor) -> Tensor:
+        # Through .data, so that a second call before backward is no "in-place change" of what the first one saved.
+        # A step between forward and backward still raises: values is saved, and the step changes its version.
+        w.data.put_(index, values)
+        ctx.save_for_backward(index, values)
+        return w.detach()
+
+    @staticmethod
+    def backward(ctx: Any, dw: Tensor) -> tuple[None, None, Tensor]:
+        index, _ = ctx.saved_tensors
+        return None, None, dw.take(index)
+
+
+class _Sampled:
+    """The hooks of one module (the owner) with sampled parameters. Holds no module, so that copies work."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path  # from the module that runs to the owner
+        self.names: list[str] = []
+        self.homes: dict[str, nn.Parameter] = {}  # W, while W' stands in its place
+        self.handles: list[Any] = []
+
+    def hook(self, host: nn.Module, owner: nn.Module) -> None:
+        self.handles += [
+            host.register_forward_pre_hook(self.enter),
+            host.register_forward_hook(self.leave, always_call=True),
+            owner.register_state_dict_pre_hook(self.before_save),
+            owner.register_state_dict_post_hook(self.after_save),
+            owner.register_load_state_dict_pre_hook(self.before_load),
+        ]
+
+    def entries(self, owner: nn.Module) -> list[tuple[str, nn.Parameter, Tensor]]:
+        return [(n, owner._parameters[n + _VALUES], owner._buffers[n + _INDEX]) for n in self.names]  # type: ignore
+
+    def settle(self, owner: nn.Module) -> None:
+        """Puts every W back; also after a forward that was cut short (KeyboardInterrupt runs no hook)."""
+        while self.homes:
+            name, w = self.homes.popitem()
+            owner._parameters[name] = w
+
+    def write(self, owner: nn.Module) -> None:
+        self.settle(owner)
+        for name, values, index in self.entries(owner):
+            owner._parameters[name].data.put_(index, values.detach())  # type: ignore[union-attr]
+
+    def enter(self, host: nn.Module, args: Any) -> None:
+        if getattr(host, "_is_replica", False):
+            raise RuntimeError("regime 'random' cannot run under nn.DataParallel; use DistributedDataParallel")
+        owner = host.get_submodule(self.path)
+        self.settle(owner)
+        for name, values, index in self.entries(owner):
+            w = owner._parameters[name]
+            swapped = _Scatter.apply(w, index, values)
+            self.homes[name], owner._parameters[name] = w, swapped  # type: ignore[assignment]
+
+    def leave(self, host: nn.Module, args: Any, output: Any) -> None:
+        self.settle(host.get_submodule(self.path))
+
+    def before_save(self, owner: nn.Module, prefix: str, keep_vars: bool) -> None:
+        self.write(owner)
+
+    def after_save(self, owner: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
+        for name in self.names:
+            state_dict.pop(prefix + name + _VALUES, None)
+
+    def before_load(self, owner: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+        self.write(owner)
+        for name, values, index in self.entries(owner):
+            new = state_dict.get(prefix + name)
+            if isinstance(new, Tensor) and new.shape == owner._parameters[name].shape:  # type: ignore[union-attr]
+                state_dict[prefix + name + _VALUES] = new.take(index.to(new.device))
+            else:  # nothing to load (strict=False), or torch is about to say what does not fit: the values stay
+                state_dict[prefix + name + _VALUES] = values.detach()
+
+
+def install(model: nn.Module, picks: dict[str, Tensor]) -> tuple[str, ...]:
+    """Lets the scalars at flat positions picks[name] (int64 [n]) of model's parameters train: the new names."""
+    parameters = dict(model.named_parameters())
+    picked = {id(parameters[name]): index for name, index in picks.items()}
+    # MultiheadAttention reads its out_proj's weight and never calls it.
+    readers = {id(m.out_proj): m for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
+    shared: dict[int, nn.Parameter] = {}
+    for owner in model.modules():
+        own = [(name, w) for name, w in owner.named_parameters(recurse=False) if id(w) in picked]
+        if not own:
+            continue
+        host = readers.get(id(owner), owner)
+        record = _Sampled("" if host is owner else "out_proj")
+        setattr(owner, _ATTRIBUTE, record)
+        for name, w in own:
+            index = picked[id(w)].to(w.device)
+            if id(w) not in shared:
+                shared[id(w)] = nn.Parameter(w.detach().take(index))
+                w.requires_grad_(False)
+            record.names.append(name)
+            owner.register_parameter(name + _VALUES, shared[id(w)])
+            owner.register_buffer(name + _INDEX, index, persistent=False)
+        record.hook(host, owner)
+    return tuple(name for name, p in model.named_parameters() if any(p is values for values in shared.values()))
+
+
+def _records(model: nn.Module) -> list[tuple[nn.Module, _Sampled]]:
+    return [(m, record) for m in model.modules() if isinstance(record := m.__dict__.get(_ATTRIBUTE), _Sampled)]
+
+
+def settle(model: nn.Module) -> set[int]:
+    """Brings a model that a cut-short forward left half-way back to rest: the ids of its sampled parameters."""
+    ids = set()
+    for owner, record in _records(model):
+        record.settle(owner)
+        ids |= {id(values) for _, values, _ in record.entries(owner)}
+    return ids
+
+
+def remove(model: nn.Module) -> None:
+    """Takes all sampled parameters out again; W keeps the trained values."""
+    for owner, record in _records(model):
+        record.write(owner)
+        for handle in record.handles:
+            handle.remove()
+        for name in record.names:
+            del owner._parameters[name + _VALUES]
+            delattr(owner, name + _INDEX)
+        delattr(owner, _ATTRIBUTE)
+
+
+def clashes(model: nn.Module, names: tuple[str, ...]) -> list[str]:
+    """Those of the parameter names beside which the model holds something called `<name>_sampled` of its own."""
+    taken = []
+    for name in names:
+        path, _, own = name.rpartition(".")
+        owner = model.get_submodule(path)
+        if _ATTRIBUTE not in owner.__dict__ and (hasattr(owner, own + _VALUES) or hasattr(owner, own + _INDEX)):
+            taken.append(name)
+    return taken

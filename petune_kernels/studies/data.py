@@ -1,0 +1,207 @@
+"""Labelled sentences: reading, splitting without leaks, and batches of token ids."""
+
+from __future__ import annotations
+
+import csv
+import math
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .cache import MOVIES
+from .errors import InputError
+
+MOVIE_ROWS = 10605
+MAX_LABELS = 100
+POOL = 8
+"""Batches whose sentences are sorted by length together."""
+
+
+@dataclass(frozen=True)
+class Sentences:
+    """`texts[i]` belongs to the class `names[labels[i]]`."""
+
+    texts: list[str]
+    labels: list[int]
+    names: list[str]
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def take(self, rows: Sequence[int]) -> Sentences:
+        return Sentences([self.texts[i] for i in rows], [self.labels[i] for i in rows], self.names)
+
+    def majority(self) -> float:
+        """The accuracy of always answering the most frequent class."""
+        return max(self.labels.count(label) for label in set(self.labels)) / len(self)
+
+
+@dataclass(frozen=True)
+class Split:
+    """`dropped` counts the training rows left out because their text also stands in the test part."""
+
+    train: Sentences
+    test: Sentences
+    dropped: int
+
+
+def read_movies(folder: Path) -> Sentences:
+    """The movie sentences of vaderSentiment: negative or positive by the sign of the mean human score; zeros left out.
+
+    The file has one `id <tab> score <tab> text` a line, latin-1. Raises InputError if a row or the row count is not so.
+    """
+    path = folder / MOVIES.members[0].target
+    texts, labels, rows = [], [], 0
+    # not splitlines(): latin-1 text may hold \x85 and other characters that it would break lines at
+    for number, line in enumerate(path.read_bytes().decode("latin-1").rstrip("\n").split("\n"), 1):
+        rows += 1
+        try:
+            _, score_text, text = line.split("\t")
+            score = float(score_text)
+        except ValueError:
+            raise InputError(f"{path}, line {number}: expected `id <tab> score <tab> text`, got {line[:60]!r}") from None
+        if score:
+            texts.append(text.strip())
+            labels.append(int(score > 0))
+    if rows != MOVIE_ROWS:
+        raise InputError(f"{path} has {rows} rows, expected {MOVIE_ROWS}; delete its folder to fetch it again")
+    return Sentences(texts, labels, ["negative", "positive"])
+
+
+def read_csv(path: Path) -> Sentences:
+    """A CSV file with a header and the columns `text` and `label`, UTF-8; labels may be numbers or words.
+
+    Raises InputError naming the file, the row and what is accepted.
+    """
+    texts, labels = [], []
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as stream:
+            reader = csv.DictReader(stream, strict=True)
+            columns = reader.fieldnames
+            if not columns:
+                raise InputError(f"{path} is empty: expected a CSV header with the columns text and label")
+            for needed in ("text", "label"):
+                if needed not in columns:
+                    raise InputError(f"{path} has no column {needed!r}; it has {', '.join(map(repr, columns))}")
+            for row in reader:
+                text, label = ((row[name] or "").strip() for name in ("text", "label"))
+                where = f"{path}, line {reader.line_num}"
+                if not text:
+                    raise InputError(f"{where}: the text is empty")
+                if not label or _is_nan(label):
+                    raise InputError(f"{where}: the label is {label or 'missing'}; every row needs one")
+                texts.append(text)
+                labels.append(label)
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text (byte {error.start})") from error
+    except csv.Error as error:
+        raise InputError(f"{path} is not a CSV file: {error}") from error
+    if not texts:
+        raise InputError(f"{path} has a header but no rows")
+    names = sorted(set(labels), key=_label_order)
+    if len(names) < 2:
+        raise InputError(f"{path} has one label only ({names[0]!r}); a classification task needs at least two")
+    if len(names) > MAX_LABELS:
+        raise InputError(f"{path} has {len(names)} different labels, at most {MAX_LABELS} are accepted: a class per row?")
+    index = {name: i for i, name in enumerate(names)}
+    return Sentences(texts, [index[label] for label in labels], names)
+
+
+def split(data: Sentences, test: int, seed: int) -> Split:
+    """A seeded shuffle; the first `test` rows (at most a fifth of all) are the test part.
+
+    Every training row whose text, but for case and white space, also stands in the test part is dropped: scraped
+    sentence collections repeat themselves, and a repeated test sentence would measure memory instead of learning.
+    """
+    test = min(test, len(data) // 5)
+    if test < 1:
+        raise InputError(f"{len(data)} rows are too few to split into training and test; at least 5 are needed")
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed)).tolist()
+    held_out = data.take(order[:test])
+    seen = {_key(text) for text in held_out.texts}
+    kept = [i for i in order[test:] if _key(data.texts[i]) not in seen]
+    train = data.take(kept)
+    if len(set(train.labels)) < 2:
+        raise InputError("the training part has fewer than two labels; the data need more rows of each")
+    return Split(train, held_out, len(order) - test - len(kept))
+
+
+class Batches:
+    """Token ids of sentences, tokenised once. Batches are dicts on `device`, ready for a transformers model.
+
+    `length` caps every sequence; `pad_full` pads all batches to it, otherwise a batch is as long as its longest sentence.
+    """
+
+    def __init__(
+        self, data: Sentences, tokenizer: Any, size: int, length: int, device: torch.device, pad_full: bool = False
+    ):
+        if size > len(data):
+            raise InputError(f"--batch is {size}, but there are only {len(data)} sentences to draw it from")
+        self._labels = data.labels
+        self._encoded = tokenizer(data.texts, truncation=True, max_length=length)
+        self._pad = tokenizer.pad
+        self._size, self._device = size, device
+        self._padding: dict[str, Any] = {"padding": "longest"}
+        if pad_full:
+            self._padding = {"padding": "max_length", "max_length": length}
+
+    def once(self) -> Iterator[dict[str, torch.Tensor]]:
+        """Every sentence once, by length; the last batch may be smaller."""
+        for rows in _chunks(self._by_length(range(len(self._labels))), self._size):
+            yield self._batch(rows)
+
+    def shuffled(self, seed: int) -> Iterator[dict[str, torch.Tensor]]:
+        """Full batches without end, reshuffled every pass; the order depends on `seed` alone.
+
+        A batch holds sentences of like length (sorted within pools of a few batches), which halves the padding.
+        """
+        shuffle = random.Random(seed)
+        while True:
+            order = list(range(len(self._labels)))
+            shuffle.shuffle(order)
+            for pool in _chunks(order, POOL * self._size):
+                batches = [rows for rows in _chunks(self._by_length(pool), self._size) if len(rows) == self._size]
+                shuffle.shuffle(batches)
+                yield from map(self._batch, batches)
+
+    @property
+    def per_epoch(self) -> int:
+        """How many full batches one pass gives."""
+        return len(self._labels) // self._size
+
+    def _by_length(self, rows: Iterable[int]) -> list[int]:
+        return sorted(rows, key=lambda i: len(self._encoded["input_ids"][i]))
+
+    def _batch(self, rows: Sequence[int]) -> dict[str, torch.Tensor]:
+        columns = {name: [values[i] for i in rows] for name, values in self._encoded.items()}
+        batch = self._pad(columns, return_tensors="pt", **self._padding)
+        batch["labels"] = torch.tensor([self._labels[i] for i in rows])
+        return {name: tensor.to(self._device) for name, tensor in batch.items()}
+
+
+def _chunks(rows: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+    for start in range(0, len(rows), size):
+        yield rows[start : start + size]
+
+
+def _key(text: str) -> str:
+    return " ".join(text.casefold().split())
+
+
+def _is_nan(label: str) -> bool:
+    try:
+        return math.isnan(float(label))
+    except ValueError:
+        return False
+
+
+def _label_order(label: str) -> tuple[int, float, str]:
+    """Numbers by value, then words by spelling."""
+    try:
+        return (0, float(label), label)
+    except ValueError:
+        return (1, 0.0, label)

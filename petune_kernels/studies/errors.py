@@ -1,0 +1,11 @@
+"""What a study raises when the user can mend it; the command line prints these as one line."""
+
+from __future__ import annotations
+
+
+class InputError(ValueError):
+    """An argument, file or combination of options that cannot be used."""
+
+
+class StudyError(RuntimeError):
+    """A study could not be carried out: nothing to download from, a failed gate, a dead child process."""

@@ -1,0 +1,196 @@
+"""Loading a classifier, training it step by step, and the check that two variants of it compute the same."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from .errors import InputError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+WARMUP = 0.1
+STRIDE = 1_000_003  # a prime above any number of steps: no two (seed, step) pairs share a dropout stream
+
+Batch = Mapping[str, torch.Tensor]
+
+
+def read_config(folder: Path, labels: int, dropout: bool = True) -> Any:
+    """The model's config with `labels` classes; without `dropout`, every dropout rate in it is 0."""
+    try:
+        config = AutoConfig.from_pretrained(folder, num_labels=labels, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise InputError(f"--model {folder} is not a folder with a transformers model: {_first_line(error)}") from error
+    if not dropout:
+        for name, value in config.to_dict().items():
+            if "dropout" in name and isinstance(value, float):
+                setattr(config, name, 0.0)
+    return config
+
+
+def load_model(
+    folder: Path, labels: int, seed: int, dtype: torch.dtype, device: torch.device, dropout: bool = True
+) -> nn.Module:
+    """The pretrained encoder with a new head of `labels` classes; `seed` alone decides the head. In training mode."""
+    config = read_config(folder, labels, dropout)
+    torch.manual_seed(seed)
+    try:
+        with _quiet():  # transformers reports the new head, which is what we asked for
+            model = AutoModelForSequenceClassification.from_pretrained(
+                folder, config=config, local_files_only=True, ignore_mismatched_sizes=True, dtype=torch.float32
+            )
+    except (OSError, ValueError) as error:
+        raise InputError(f"--model {folder} cannot be loaded as a classifier: {_first_line(error)}") from error
+    return model.to(device=device, dtype=dtype).train()
+
+
+def random_model(config: Any, layers: int, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """A model of this config's shape with `layers` layers and random weights, in training mode."""
+    config = copy.deepcopy(config)
+    config.num_hidden_layers = layers
+    torch.manual_seed(0)
+    return AutoModelForSequenceClassification.from_config(config).to(device=device, dtype=dtype).train()
+
+
+def load_tokenizer(folder: Path) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise InputError(f"--model {folder} has no tokenizer that can be loaded: {_first_line(error)}") from error
+
+
+def loss_of(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cross-entropy, in float32 or better whatever the model's dtype, and the logits."""
+    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    logits = model(**inputs).logits
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    return F.cross_entropy(wide, batch["labels"]), logits
+
+
+class Run:
+    """A training run: AdamW over the parameters that require a gradient, warm-up over a tenth of `steps`, linear decay.
+
+    Two runs with the same weights, batches and seed see the same data in the same order, and the generators are seeded
+    before every step, so they can be stepped in turn in one process. In bfloat16 the optimizer updates float32 copies
+    of what trains: at 1e-3 most steps of a LayerNorm weight near 1 are below bfloat16's resolution of 2^-8.
+    """
+
+    def __init__(self, model: nn.Module, batches: Iterator[Batch], steps: int, lr: float, seed: int):
+        self.model, self.losses = model, list[float]()
+        self._batches, self._seed = batches, seed
+        self._trained = [p for p in model.parameters() if p.requires_grad]
+        self._wide = [p if p.dtype == torch.float32 else p.detach().float() for p in self._trained]
+        self._optimizer = torch.optim.AdamW(self._wide, lr=lr)
+        warm = max(1, round(WARMUP * steps))
+        self._schedule = torch.optim.lr_scheduler.LambdaLR(
+            self._optimizer, lambda i: min((i + 1) / warm, max(0.0, (steps - i) / max(1, steps - warm)))
+        )
+
+    def step(self) -> None:
+        torch.manual_seed(self._seed * STRIDE + len(self.losses))
+        loss, _ = loss_of(self.model, next(self._batches))
+        loss.backward()
+        with torch.no_grad():
+            for p, wide in zip(self._trained, self._wide, strict=True):
+                if wide is not p:
+                    wide.grad = None if p.grad is None else p.grad.float()
+            self._optimizer.step()
+            for p, wide in zip(self._trained, self._wide, strict=True):
+                if wide is not p:
+                    p.copy_(wide)
+        self._schedule.step()
+        for p in self._trained:
+            p.grad = None
+        self.losses.append(loss.item())
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, batches: Iterable[Batch]) -> float:
+    """The share of rows whose largest logit is their label, dropout off; the model's mode is left as it was."""
+    training, right, rows = model.training, 0, 0
+    model.eval()
+    for batch in batches:
+        _, logits = loss_of(model, batch)
+        right += int((logits.argmax(-1) == batch["labels"]).sum())
+        rows += len(logits)
+    model.train(training)
+    return right / rows
+
+
+@dataclass(frozen=True)
+class Deviation:
+    """How far one tensor of each variant lies from float64, relative to its size (RMS), and the bound on `patched`."""
+
+    name: str
+    stock: float
+    patched: float
+    bound: float
+
+    @property
+    def within(self) -> bool:
+        return self.patched <= self.bound  # false for NaN
+
+
+def deviations(stock: nn.Module, patched: nn.Module, batch: Batch) -> list[Deviation]:
+    """Logits, loss and every gradient of both variants against a float64 copy of `stock`, with dropout off.
+
+    The bound on `patched` is 3 times the error of `stock` (two roundings of the same sum differ by chance) plus 16
+    units of the dtype. A tensor much smaller than the others (the key bias of attention has no gradient but rounding)
+    is taken relative to a thousandth of their common size.
+    """
+    exact = _results(copy.deepcopy(stock).double(), batch)
+    ours, theirs = _results(patched, batch), _results(stock, batch)
+    if ours.keys() != exact.keys():
+        different = sorted(ours.keys() ^ exact.keys())
+        raise InputError(f"stock and patched model do not give the same gradients: {', '.join(different[:5])}")
+    dtype = next(stock.parameters()).dtype
+    common = 1e-3 * _rms(torch.cat([g.flatten() for name, g in exact.items() if name.startswith("gradient")]))
+    rows = []
+    for name, value in exact.items():
+        size = max(_rms(value), common) or 1.0
+        own, other = _rms(theirs[name] - value) / size, _rms(ours[name] - value) / size
+        rows.append(Deviation(name, own, other, 3 * own + 16 * torch.finfo(dtype).eps))
+    return rows
+
+
+def _results(model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+    training = model.training
+    model.eval()  # no dropout; the backward of these models is the same in both modes
+    loss, logits = loss_of(model, batch)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    gradients = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
+    model.train(training)
+    results = {"loss": loss, "logits": logits}
+    results |= {f"gradient of {n}": g for n, g in zip(trained, gradients, strict=True) if g is not None}
+    return {name: tensor.detach().double() for name, tensor in results.items()}
+
+
+@contextmanager
+def _quiet():
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _rms(tensor: torch.Tensor) -> float:
+    return tensor.norm().item() / math.sqrt(max(1, tensor.numel()))
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
