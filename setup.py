@@ -30,6 +30,8 @@ def flag(name: str) -> bool:
 
 def find_nvcc() -> str | None:
     if flag("NO_CUDA"):
+        if flag("FORCE_CUDA"):
+            raise SystemExit("NO_CUDA=1 and FORCE_CUDA=1 exclude each other")
         return None
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     nvcc = shutil.which("nvcc", path=f"{home}/bin") if home else shutil.which("nvcc")
@@ -90,7 +92,7 @@ class Build(build_ext):
         }
         includes = [f"-isystem{p}" for p in [pybind11.get_include(), *include_paths(), sysconfig.get_path("include")]]
         cxx = [*FLAGS, "-std=c++20", "-Wall", "-Wno-psabi", *includes]
-        cxx += [f"-D{key}='\"{value}\"'" for key, value in facts.items()]
+        report = " ".join(f"-D{key}='\"{value}\"'" for key, value in facts.items())
         libraries = [*(f"-L{p}" for p in library_paths()), "-ltorch_cpu", "-ltorch", "-lc10"]
         lines = [
             f"rule cxx\n  command = {self.compiler_path} -MMD -MF $out.d {' '.join(cxx)} $flags -c $in -o $out",
@@ -101,7 +103,10 @@ class Build(build_ext):
             codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a, _ in archs]
             codes += [f"-gencode=arch=compute_{a},code=compute_{a}" for a, ptx in archs if ptx]
             options = f"-O3 -std=c++17 -lineinfo -Xcompiler -fPIC,-fvisibility=hidden {' '.join(codes)}"
-            lines += [f"rule cuda\n  command = {self.nvcc} {options} -MD -MF $out.d -c $in -o $out", "  depfile = $out.d"]
+            lines += [
+                f"rule cuda\n  command = {self.nvcc} {options} -MD -MF $out.d -c $in -o $out",
+                "  depfile = $out.d",
+            ]
             lines += ["  deps = gcc", f"rule link\n  command = {self.nvcc} -shared $in -o $out {' '.join(libraries)}"]
             extra = f"-DPETUNE_CUDA -DUSE_CUDA -isystem{home}/include"
         else:
@@ -109,19 +114,18 @@ class Build(build_ext):
             extra = ""
         objects = []
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
-        build = Path(self.build_temp).resolve() / ext.name
+        build = ROOT.resolve() / "build" / f"{ext.name}-{sys.implementation.cache_tag}"
         for source in ext.sources:
             objects.append(f"{build / Path(source).name}.o")
             rule = "cuda" if source.endswith(".cu") else "cxx"
-            lines += [f"build {objects[-1]}: {rule} {ROOT.resolve() / source}", f"  flags = {extra}"]
+            flags = f"{extra} {report}" if source.endswith("bindings.cpp") else extra
+            lines += [f"build {objects[-1]}: {rule} {ROOT.resolve() / source}", f"  flags = {flags}"]
         lines += [f"build {target}: link {' '.join(objects)}", ""]
         build.mkdir(parents=True, exist_ok=True)
         target.parent.mkdir(parents=True, exist_ok=True)
         (build / "build.ninja").write_text("\n".join(lines))
         jobs = os.environ.get("MAX_JOBS")
-        subprocess.run(
-            [sys.executable, "-m", "ninja", "-C", str(build), *(["-j", jobs] if jobs else [])], check=True
-        )
+        subprocess.run([sys.executable, "-m", "ninja", "-C", str(build), *(["-j", jobs] if jobs else [])], check=True)
 
 
 def sources(pattern: str) -> list[str]:

@@ -188,7 +188,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> residual_norm_backward(
   return {dresidual.tensor, dx.tensor, dbias.tensor, dgamma.tensor, dbeta.tensor};
 }
 
-#ifdef PETUNE_ALL_OPS
 Tensor bias_act(Tensor u, MaybeTensor bias, MaybeTensor gate, int64_t act) {
   const int64_t T = u.size(0), N = u.size(1);
   const Small params({&bias}, T, N);
@@ -246,16 +245,84 @@ Tensor dropout(Tensor x, Tensor seed, double p) {
   kernels::dropout({x.numel(), seeds.count, dtype_of(x), read(x), seeds.data, p, y.data()}, launch.stream());
   return y.tensor;
 }
+
+#ifndef PETUNE_CUDA
+Strides strides_of(const Tensor& t) {
+  STD_TORCH_CHECK(t.dim() == 4 && (t.stride(3) == 1 || t.size(3) == 1), "petune: attention takes rows without gaps");
+  return {t.stride(0), t.stride(1), t.stride(2)};
+}
+
+// [B, h, n, D], laid out [B, n, h, D] in memory as schema.py says.
+Tensor new_heads(const Tensor& like) {
+  return torch::stable::transpose(
+      torch::stable::new_empty(like, Shape{like.size(0), like.size(2), like.size(1), like.size(3)}), 1, 2);
+}
+
+Attention attention_args(const Tensor& q, const Tensor& k, const Tensor& v, const MaybeTensor& mask,
+                         const MaybeTensor& seed, double p, double scale, bool causal, const Tensor& o,
+                         const Tensor& lse) {
+  const int64_t B = q.size(0), h = q.size(1), S = q.size(2), K = k.size(2), D = q.size(3);
+  STD_TORCH_CHECK(k.size(0) == B && k.size(1) == h && k.size(3) == D && shape_of(v) == shape_of(k),
+                  "petune: q, k and v do not match");
+  const Seed seeds(seed, 1);
+  Attention args{B,
+                 h,
+                 S,
+                 K,
+                 D,
+                 dtype_of(q),
+                 q.data_ptr(),
+                 k.data_ptr(),
+                 v.data_ptr(),
+                 strides_of(q),
+                 strides_of(k),
+                 strides_of(v),
+                 strides_of(o),
+                 nullptr,
+                 {},
+                 seeds.data,
+                 p,
+                 scale,
+                 causal,
+                 o.data_ptr(),
+                 static_cast<float*>(lse.data_ptr())};
+  if (!mask) return args;
+  STD_TORCH_CHECK(
+      shape_of(*mask) == Shape({B, h, S, K}) && dtype_of(*mask) == args.dtype && (K <= 1 || mask->stride(3) == 1),
+      "petune: attention takes its mask expanded to [B, h, S, K], in the dtype of q, rows without gaps");
+  args.mask = mask->data_ptr();
+  for (int i = 0; i < 4; ++i) args.mask_strides[i] = mask->stride(i);
+  return args;
+}
+
+std::tuple<Tensor, Tensor> attention(Tensor q, Tensor k, Tensor v, MaybeTensor mask, MaybeTensor seed, double p,
+                                     double scale, bool causal) {
+  Tensor o = new_heads(q), lse = torch::stable::new_empty(q, Shape{q.size(0), q.size(1), q.size(2)}, ScalarType::Float);
+  kernels::attention(attention_args(q, k, v, mask, seed, p, scale, causal, o, lse));
+  return {o, lse};
+}
+
+std::tuple<Tensor, Tensor, Tensor> attention_backward(Tensor d_o, Tensor q, Tensor k, Tensor v, MaybeTensor mask,
+                                                      Tensor o, Tensor lse, MaybeTensor seed, double p, double scale,
+                                                      bool causal) {
+  Tensor dq = new_heads(q), dk = new_heads(k), dv = new_heads(v);
+  kernels::attention_backward({attention_args(q, k, v, mask, seed, p, scale, causal, o, lse), d_o.data_ptr(),
+                               strides_of(d_o), strides_of(dq), strides_of(dk), strides_of(dv), dq.data_ptr(),
+                               dk.data_ptr(), dv.data_ptr()});
+  return {dq, dk, dv};
+}
 #endif
 
 STABLE_TORCH_LIBRARY_IMPL(petune, PETUNE_KEY, m) {
   m.impl("residual_norm", TORCH_BOX(&residual_norm));
   m.impl("residual_norm_backward", TORCH_BOX(&residual_norm_backward));
-#ifdef PETUNE_ALL_OPS
   m.impl("bias_act", TORCH_BOX(&bias_act));
   m.impl("bias_act_backward", TORCH_BOX(&bias_act_backward));
   m.impl("column_sum", TORCH_BOX(&column_sum));
   m.impl("dropout", TORCH_BOX(&dropout));
+#ifndef PETUNE_CUDA
+  m.impl("attention", TORCH_BOX(&attention));
+  m.impl("attention_backward", TORCH_BOX(&attention_backward));
 #endif
 }
 

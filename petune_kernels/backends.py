@@ -140,7 +140,7 @@ class Choice:
 
 
 def describe() -> list[Choice]:
-    """For every op and every device of this machine: the backend it takes, why, and what to do about what is missing."""
+    """For every op and device of this machine: the backend it takes, why, and what to do about what is missing."""
     rows = []
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
         for op in schema.SCHEMAS:

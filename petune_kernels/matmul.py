@@ -58,7 +58,7 @@ def _fold(out: Tensor, terms: list[tuple[Tensor, Tensor]]) -> None:
     """out += sum of u v^T, in one pass over out."""
     if terms:
         u, v = _columns(terms, out.dtype)
-        (out.addmm_ if out.dim() == 2 else out.baddbmm_)(u, v.mT)
+        _accumulate(out, u, v.mT)
 
 
 def _blocks(G: int, rows: int, width: int) -> Iterator[tuple[int, int]]:
@@ -67,21 +67,17 @@ def _blocks(G: int, rows: int, width: int) -> Iterator[tuple[int, int]]:
         yield start, min(step, rows - start)
 
 
-def _dropped(x: Tensor, seed: Tensor | None, p: float) -> Tensor:
-    return x if seed is None else torch.ops.petune.dropout(x, seed, p)
-
-
-def _widened(x: Tensor, dropped: Tensor | None, start: int, n: int) -> Tensor:
-    """Some rows of x in float32, zero where dropout zeroed them. The caller owes the factor 1/(1-p), so that x is not
-    rounded again: `dropped` serves as a mask only."""
+def _widened(x: Tensor, mask: Tensor | None, start: int, n: int) -> Tensor:
+    """Some rows of x in float32, zero where `mask` is. The caller owes the factor 1/(1-p): x is not rounded again."""
     block = x.narrow(-2, start, n)
-    if dropped is not None:
-        block = torch.where(dropped.narrow(-2, start, n) != 0, block, 0)
+    if mask is not None:
+        block = torch.where(mask.narrow(-2, start, n) != 0, block, 0)
     return block.float()
 
 
 def _project(x: Tensor, a: Tensor, dropped: Tensor | None, p: float) -> Tensor:
-    """xa = dropout(x) A^T in A's dtype: [T/G.., r]. x, dropped [.., K], a [.., r, K]."""
+    """xa = dropout(x) A^T in A's dtype: [.., r]. x, dropped [.., K], a [.., r, K]; `dropped` serves as a mask where x
+    is widened."""
     if a.dtype == x.dtype:
         return (x if dropped is None else dropped) @ a.mT
     xa = torch.empty([*x.shape[:-1], a.shape[-2]], dtype=a.dtype, device=x.device)
@@ -112,12 +108,14 @@ def _forward(x, w, bias, a, b, bias_b, seed, p, scale, merged):
         terms.append((_ones(x, bias.dtype), _column(bias, G)))
     if a is not None and not merged:
         a, b = _small(a), _small(b)
-        dropped = None if seed is None else _dropped(x.reshape(-1, x.shape[-1]), seed, p).reshape(x.shape)
+        dropped = (
+            None if seed is None else torch.ops.petune.dropout(x.reshape(-1, x.shape[-1]), seed, p).reshape(x.shape)
+        )
         xa = _project(x, a, dropped, p)
         if terms or bias_b is not None or a.dtype != x.dtype:
             terms.append((xa * scale, b))
         else:  # the usual case: nothing to gather, and the scale rides along
-            (y_rows.addmm_ if y_rows.dim() == 2 else y_rows.baddbmm_)(xa, b.mT, alpha=scale)
+            _accumulate(y_rows, xa, b.mT, scale)
         xa = xa.reshape(-1, xa.shape[-1])
     if bias_b is not None:
         terms.append((_ones(x, bias_b.dtype) * scale, _column(bias_b, G)))
@@ -146,7 +144,8 @@ def lora_linear_backward(
 
 def _backward(like, dy, x, w, a, b, xa, seed, p, scale, groups, want_dx, want_da, want_db, want_dsum):
     K, n = w[0].shape[1], len(w)
-    dx, terms, masked = None, [], []
+    dx, terms = None, []
+    G = max((m.shape[0] for m in a if m is not None and m.dim() == 3), default=1)
     da, db, dsum = ([like.new_empty([0]) for _ in range(n)] for _ in range(3))
     for i in range(n):
         dy_i = dy[i]
@@ -164,60 +163,75 @@ def _backward(like, dy, x, w, a, b, xa, seed, p, scale, groups, want_dx, want_da
             dsum[i] = torch.ops.petune.column_sum(dy_i, groups)
         if a[i] is None or not (want_dx or want_da[i] or want_db[i]):
             continue
+        mask = _mask(like, seed[i], p[i], K) if want_dx or want_da[i] else None
+        mask = mask if mask is None else _by_replica(mask, G)
         dxa, da_i, db_i = _adapter_gradients(
-            dy_i, x, a[i], b[i], xa[i], seed[i], p[i], want_dx, want_da[i], want_db[i], scale[i]
+            dy_i, x, a[i], b[i], xa[i], mask, p[i], want_dx, want_da[i], want_db[i], scale[i]
         )
         da[i], db[i] = da_i if want_da[i] else da[i], db_i if want_db[i] else db[i]
-        if want_dx:
-            term = (dxa, _small(a[i]).mT)
-            if seed[i] is None:
-                terms.append(term)
-            else:
-                masked.append((term, seed[i], p[i]))
-    if not want_dx:
-        return like.new_empty([0]), da, db, dsum
-    G = max((m.shape[0] for m in a if m is not None and m.dim() == 3), default=1)
-    _fold(_by_replica(dx, G), terms)
-    for term, seed_i, p_i in masked:
-        u, v = _columns([term], dx.dtype)
-        dx.add_(_dropped((u @ v.mT).reshape(-1, K), seed_i, p_i))
-    return dx, da, db, dsum
+        if want_dx and mask is None:
+            terms.append((dxa, _small(a[i]).mT))
+        elif want_dx:
+            _add_masked(_by_replica(dx, G), dxa, _small(a[i]), mask, p[i])
+    if want_dx:
+        _fold(_by_replica(dx, G), terms)
+    return (dx if want_dx else like.new_empty([0])), da, db, dsum
 
 
-def _adapter_gradients(dy, x, a, b, xa, seed, p, want_dx, want_da, want_db, scale):
+def _mask(like: Tensor, seed: Tensor | None, p: float, K: int) -> Tensor | None:
+    """The dropout mask of [T, K] as 0 and 1/(1-p) rounded: one Philox pass serves both dx and dA."""
+    return None if seed is None else torch.ops.petune.dropout(like.new_ones([like.shape[0], K]), seed, p)
+
+
+def _unrounded(p: float, dtype: torch.dtype) -> float:
+    """What a product with the rounded 1/(1-p) of `_mask` still lacks."""
+    return 1.0 / (1.0 - p) / torch.tensor(1.0 / (1.0 - p), dtype=dtype).item()
+
+
+def _add_masked(dx: Tensor, dxa: Tensor, a: Tensor, mask: Tensor, p: float) -> None:
+    """dx += D * (dxa A). In mixed precision the product stays float32 until it is added."""
+    if a.dtype == dx.dtype:
+        dx.addcmul_(mask, dxa @ a, value=_unrounded(p, dx.dtype))
+        return
+    for start, n in _blocks(dx.shape[0] if dx.dim() == 3 else 1, dx.shape[-2], dx.shape[-1]):
+        product = _product(dxa.narrow(-2, start, n), a, 1.0 / (1.0 - p))
+        dx.narrow(-2, start, n).add_(product.masked_fill_(mask.narrow(-2, start, n) == 0, 0.0))
+
+
+def _adapter_gradients(dy, x, a, b, xa, mask, p, want_dx, want_da, want_db, scale):
     """scale * dy B [T, r], dA and dB, from one pass over dy and one over dropout(x)."""
     G = a.shape[0] if a.dim() == 3 else 1
     shape_a, shape_b, a, b = a.shape, b.shape, _small(a), _small(b)
-    dy, mixed = _by_replica(dy, G), a.dtype != dy.dtype
-    remake_xa = want_db and xa.numel() == 0  # the forward ran merged
-    dropped = None
-    if x is not None and (want_da or remake_xa):
-        dropped = None if seed is None else _by_replica(_dropped(x, seed, p), G)
-        x = _by_replica(x, G)
-    if want_db:
-        xa = _project(x, a, dropped, p) if remake_xa else _by_replica(xa, G)
-    if not mixed:
-        dxa = _product(dy, b, scale) if want_dx or want_da else None
-        da = dxa.mT @ (x if dropped is None else dropped) if want_da else None
-        # [r, N] first: a matmul with r rows is several times faster than one with r columns
-        db = _product(xa.mT, dy, scale).mT.contiguous() if want_db else None
+    dy, x = _by_replica(dy, G), x if x is None else _by_replica(x, G)
+    if want_db:  # xa is empty where the forward ran merged, which it does without dropout only
+        xa = _by_replica(xa, G) if xa.numel() else _project(x, a, None, 0.0)
+    dxa = da = db = None
+    if a.dtype == dy.dtype:
+        if want_dx or want_da:
+            dxa = _product(dy, b, scale)
+        if want_da:
+            da = dxa.mT @ x if mask is None else _product(dxa.mT, x * mask, _unrounded(p, x.dtype))
+        if want_db:  # [r, N] first: a matmul with r rows is several times faster than one with r columns
+            db = _product(xa.mT, dy, scale)
     else:
-        keep = 1.0 if seed is None else 1.0 / (1.0 - p)
-        batch, t = dy.shape[:-2], dy.shape[-2]
-        dxa = torch.empty([*batch, t, a.shape[-2]], dtype=a.dtype, device=dy.device)
+        keep = 1.0 if mask is None else 1.0 / (1.0 - p)
+        dxa = torch.empty([*dy.shape[:-1], a.shape[-2]], dtype=a.dtype, device=dy.device)
         da = torch.zeros_like(a) if want_da else None
-        db = torch.zeros_like(b.mT, memory_format=torch.contiguous_format) if want_db else None
-        for start, n in _blocks(G, t, max(a.shape[-1], b.shape[-2])):
-            rows = dy.narrow(-2, start, n).float()
+        db = a.new_zeros([*b.shape[:-2], b.shape[-1], b.shape[-2]]) if want_db else None
+        for start, n in _blocks(G, dy.shape[-2], max(a.shape[-1], b.shape[-2])):
+            rows, part = dy.narrow(-2, start, n).float(), dxa.narrow(-2, start, n)
             if want_dx or want_da:
-                part = _product(rows, b, scale)
-                dxa.narrow(-2, start, n).copy_(part)
+                part.copy_(_product(rows, b, scale))
             if want_da:
-                (da.addmm_ if da.dim() == 2 else da.baddbmm_)(part.mT, _widened(x, dropped, start, n), alpha=keep)
+                _accumulate(da, part.mT, _widened(x, mask, start, n), keep)
             if want_db:
-                (db.addmm_ if db.dim() == 2 else db.baddbmm_)(xa.narrow(-2, start, n).mT, rows, alpha=scale)
-        db = db.mT.contiguous() if want_db else None
-    return dxa, da.reshape(shape_a) if want_da else None, db.reshape(shape_b) if want_db else None
+                _accumulate(db, xa.narrow(-2, start, n).mT, rows, scale)
+    db = None if db is None else db.mT.reshape(shape_b)
+    return dxa, None if da is None else da.reshape(shape_a), db if db is None else db.contiguous()
+
+
+def _accumulate(out: Tensor, u: Tensor, v: Tensor, scale: float = 1.0) -> None:
+    (out.addmm_ if out.dim() == 2 else out.baddbmm_)(u, v, alpha=scale)
 
 
 def behind_one_another(parts: list[Tensor]) -> Tensor | None:

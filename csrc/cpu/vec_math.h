@@ -2,6 +2,15 @@
 // Included after vec.h, once per instruction set. Polynomials are minimax fits by iteratively reweighted least squares;
 // the errors named are theirs, fp32 rounding comes on top.
 
+#ifndef PETUNE_LEVEL  // 2, 1, 0; g++ does not define __AVX512F__ and the like under a target pragma
+#define PETUNE_LEVEL_avx512 2
+#define PETUNE_LEVEL_avx2 1
+#define PETUNE_LEVEL_baseline 0
+#define PETUNE_JOIN_(a, b) a##b
+#define PETUNE_JOIN(a, b) PETUNE_JOIN_(a, b)
+#define PETUNE_LEVEL PETUNE_JOIN(PETUNE_LEVEL_, PETUNE_ISA)
+#endif
+
 namespace petune::cpu::PETUNE_ISA {
 
 PETUNE_INLINE f32x16 select(i32x16 mask, f32x16 yes, f32x16 no) { return mask ? yes : no; }
@@ -10,10 +19,25 @@ PETUNE_INLINE f32x16 magnitude(f32x16 v) { return (f32x16)((u32x16)v & 0x7FFFFFF
 
 PETUNE_INLINE f32x16 larger(f32x16 a, f32x16 b) { return select(a > b, a, b); }
 
+template <int width>
+PETUNE_INLINE f32x16 rotated(f32x16 v) {
+  return __builtin_shufflevector(v, v, width, width + 1, width + 2, width + 3, width + 4, width + 5, width + 6,
+                                 width + 7, width + 8, width + 9, width + 10, width + 11, width + 12, width + 13,
+                                 width + 14, width + 15);
+}
+
 PETUNE_INLINE float largest(f32x16 v) {
-  for (int width = kLanes / 2; width >= 1; width /= 2)
-    for (int i = 0; i < width; ++i) v[i] = v[i] > v[i + width] ? v[i] : v[i + width];
-  return v[0];
+  v = larger(v, rotated<8>(v));
+  v = larger(v, rotated<4>(v));
+  v = larger(v, rotated<2>(v));
+  return larger(v, rotated<1>(v))[0];
+}
+
+PETUNE_INLINE float total(f32x16 v) {
+  v += rotated<8>(v);
+  v += rotated<4>(v);
+  v += rotated<2>(v);
+  return (v + rotated<1>(v))[0];
 }
 
 // exp(x + correction) for x <= 0 and a correction of at most 0.1; 0 below the normal range, exactly 0 at -inf, NaN

@@ -139,11 +139,10 @@ struct Drop {
   const int64_t* seed;  // null: no dropout
   uint32_t threshold;
   float scale;
-  bool shared;  // one seed for all replicas: elements are counted over all rows, not a replica's own
 };
 
-inline Drop make_drop(const int64_t* seed, int64_t seeds, double p) {
-  return {seed, drop_threshold(p), static_cast<float>(1.0 / (1.0 - p)), seeds == 1};
+inline Drop make_drop(const int64_t* seed, double p) {
+  return {seed, drop_threshold(p), static_cast<float>(1.0 / (1.0 - p))};
 }
 
 // Zeroes or scales V values whose element indices start at e. One Philox call gives the masks of four elements; kVector

@@ -7,7 +7,7 @@ namespace {
 constexpr int kRows = 8;  // in flight per thread: nothing but loads here
 
 template <typename T, bool kVector>
-__global__ void __launch_bounds__(kColumnBlock) column_sum_kernel(ColumnSum op, Columns columns, ColumnSums sums) {
+__global__ void __launch_bounds__(kColumnBlock, 2) column_sum_kernel(ColumnSum op, Columns columns, ColumnSums sums) {
   constexpr int V = kChunk<T>;
   const ColumnPlace at(columns, V);
   const int64_t step = static_cast<int64_t>(columns.blocks) * at.rows;
@@ -44,8 +44,8 @@ Plan plan_of(const ColumnSum& op) {
   const int chunk = static_cast<int>(16 / dtype_size(op.dtype));
   plan.columns = make_columns(op.T, op.G, N, chunk, kRows, multiprocessors() * int64_t{4}, DType::f32);
   void* const out[kMaxSums] = {op.out, nullptr, nullptr};
-  plan.workspace = ColumnSums::plan(plan.sums, op.workspace, op.G, op.G * plan.columns.slabs, plan.columns.blocks, N, out,
-                                    true);
+  plan.workspace =
+      ColumnSums::plan(plan.sums, op.workspace, op.G, op.G * plan.columns.slabs, plan.columns.blocks, N, out, true);
   return plan;
 }
 
@@ -71,7 +71,8 @@ void column_sum(const ColumnSum& op, Stream stream_handle) {
     using T = decltype(type);
     const bool vector = op.N % kChunk<T> == 0 && aligned16(op.x);
     const auto kernel = vector ? column_sum_kernel<T, true> : column_sum_kernel<T, false>;
-    PETUNE_LAUNCH(kernel, grid_of(plan.columns, op.G, "column_sum"), kColumnBlock, 0, stream, op, plan.columns, plan.sums);
+    PETUNE_LAUNCH(kernel, grid_of(plan.columns, op.G, "column_sum"), kColumnBlock, 0, stream, op, plan.columns,
+                  plan.sums);
   });
   check_launch("column_sum");
 }

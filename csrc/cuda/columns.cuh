@@ -1,8 +1,9 @@
 // Element-wise kernels over [T, N] whose threads own columns: bias_act, column_sum.
 //
 // A block is `across` threads along a row by kBlock / across rows. A thread keeps one chunk of columns and walks down
-// the rows, kRows of them in flight, so a bias stays in registers and a column sum is a register per column. The columns
-// of one block are a slab; slabs are separate jobs of ColumnSums, so the finish is as parallel as the slabs are many.
+// the rows, kRows of them in flight, so a bias stays in registers and a column sum is a register per column. The
+// columns of one block are a slab; slabs are separate jobs of ColumnSums, so the finish is as parallel as the slabs are
+// many.
 #pragma once
 #include "reduce.cuh"
 
@@ -35,7 +36,8 @@ inline Columns make_columns(int64_t T, int64_t G, int N, int chunk, int rows, in
 inline int grid_of(const Columns& columns, int64_t G, const char* what) {
   const int64_t grid = G * columns.slabs * columns.blocks;
   if (grid > std::numeric_limits<int>::max())
-    throw std::invalid_argument(std::string("petune: ") + what + ": " + std::to_string(grid) + " blocks do not fit one grid");
+    throw std::invalid_argument(std::string("petune: ") + what + ": " + std::to_string(grid) +
+                                " blocks do not fit one grid");
   return static_cast<int>(grid);
 }
 
@@ -60,9 +62,9 @@ struct ColumnPlace {
 
 // Adds the threads' sums up over the block and over the slab's blocks, into sums.out[k].
 template <typename T, int V>
-__device__ __forceinline__ void finish_slab(const ColumnSums& sums, int k, const Columns& columns, const ColumnPlace& at,
-                                            const float (&sum)[V]) {
-  __shared__ __align__(16) float shared[kColumnBlock * 8];  // [rows][across * V], V up to 8
+__device__ __forceinline__ void finish_slab(const ColumnSums& sums, int k, const Columns& columns,
+                                            const ColumnPlace& at, const float (&sum)[V]) {
+  alignas(16) __shared__ float shared[kColumnBlock * 8];  // [rows][across * V], V up to 8
   const int width = columns.across * V;
 #pragma unroll
   for (int j = 0; j < V; j += 4)
@@ -70,7 +72,9 @@ __device__ __forceinline__ void finish_slab(const ColumnSums& sums, int k, const
         make_float4(sum[j], sum[j + 1], sum[j + 2], sum[j + 3]);
   __syncthreads();
   const int begin = at.slab * width, end = min(begin + width, columns.N);
-  float* partial = (k == 0 ? sums.partial[0] : k == 1 ? sums.partial[1] : sums.partial[2]) +
+  float* partial = (k == 0   ? sums.partial[0]
+                    : k == 1 ? sums.partial[1]
+                             : sums.partial[2]) +
                    (at.g * columns.blocks + at.block) * columns.N;
   for (int column = threadIdx.x; column < end - begin; column += kColumnBlock) {
     float total = 0.0f;

@@ -18,15 +18,18 @@
 
 #ifndef PETUNE_EMULATOR
 #define PETUNE_LAUNCH(kernel, grid, block, shared, stream, ...) kernel<<<grid, block, shared, stream>>>(__VA_ARGS__)
-#define PETUNE_DYNAMIC_SHARED(name)    \
+#define PETUNE_DYNAMIC_SHARED(name)     \
   extern __shared__ uint4 name##_raw[]; \
   float* name = reinterpret_cast<float*>(name##_raw)
 #endif
 
+// Every __launch_bounds__ names its blocks per multiprocessor too: left alone, ptxas may spill a few registers to make
+// room for one block more.
 namespace petune::cuda {
 
 inline void check(cudaError_t status, const char* what) {
-  if (status != cudaSuccess) throw std::runtime_error(std::string("petune: ") + what + ": " + cudaGetErrorString(status));
+  if (status != cudaSuccess)
+    throw std::runtime_error(std::string("petune: ") + what + ": " + cudaGetErrorString(status));
 }
 
 inline void check_launch(const char* what) { check(cudaGetLastError(), what); }
@@ -56,7 +59,8 @@ inline I clamp(I value, I low, I high) {
 // Columns are counted in int inside a row; rows and element offsets in int64.
 inline int checked_width(int64_t H, const char* what) {
   if (H < 0 || H > std::numeric_limits<int>::max() - 65536)
-    throw std::invalid_argument(std::string("petune: ") + what + ": row width " + std::to_string(H) + " is not below 2^31");
+    throw std::invalid_argument(std::string("petune: ") + what + ": row width " + std::to_string(H) +
+                                " is not below 2^31");
   return static_cast<int>(H);
 }
 
@@ -67,16 +71,27 @@ inline bool aligned16(P... pointers) {
 
 inline size_t dtype_size(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
 
-// Calls f with a value of the C++ type that `dtype` names.
+inline void require_workspace(const void* workspace, size_t bytes, const char* what) {
+  if (workspace == nullptr && bytes > 0)
+    throw std::invalid_argument(std::string("petune: ") + what + ": workspace is null, " + std::to_string(bytes) +
+                                " zero-filled bytes are needed");
+}
+
+// Calls f with a value of the C++ type that `dtype` names. PETUNE_ONLY_BF16 builds a third of the kernels, for a quick
+// look at their machine code.
 template <typename F>
 inline void with_dtype(DType dtype, F&& f) {
   switch (dtype) {
-    case DType::f32:
-      return f(float{});
     case DType::bf16:
       return f(__nv_bfloat16{});
+#ifndef PETUNE_ONLY_BF16
+    case DType::f32:
+      return f(float{});
     case DType::f16:
       return f(__half{});
+#endif
+    default:
+      break;
   }
   throw std::invalid_argument("petune: unknown dtype " + std::to_string(static_cast<int>(dtype)));
 }

@@ -9,7 +9,7 @@ constexpr int kInFlight = 4;  // chunks per thread
 
 // Chunks start at multiples of the chunk in e, so one Philox call masks four elements whatever n is.
 template <typename T, bool kVector>
-__global__ void __launch_bounds__(kThreads) dropout_kernel(globals::DropoutOp op, Drop drop, int64_t per_seed, int blocks) {
+__global__ void __launch_bounds__(kThreads, 2) dropout_kernel(Dropout op, Drop drop, int64_t per_seed, int blocks) {
   constexpr int V = kChunk<T>;
   const int64_t s = blockIdx.x / blocks;
   const uint64_t seed = drop.seed[s];
@@ -41,4 +41,26 @@ __global__ void __launch_bounds__(kThreads) dropout_kernel(globals::DropoutOp op
 }
 
 }  // namespace
+
+void dropout(const Dropout& op, Stream stream_handle) {
+  if (op.n == 0) return;
+  const auto stream = static_cast<cudaStream_t>(stream_handle);
+  const int64_t per_seed = op.n / op.seeds;
+  const Drop drop = make_drop(op.seed, op.p);
+  with_dtype(op.dtype, [&](auto type) {
+    using T = decltype(type);
+    const int64_t chunks = ceil_div<int64_t>(per_seed, kChunk<T>);
+    const int64_t useful = ceil_div<int64_t>(chunks, kThreads * kInFlight);
+    const int64_t blocks = clamp<int64_t>(multiprocessors() * int64_t{8} / op.seeds, 1, useful);
+    if (blocks * op.seeds > std::numeric_limits<int>::max())
+      throw std::invalid_argument("petune: dropout: " + std::to_string(op.seeds) + " seeds are too many for one grid");
+    // a second seed's elements must start on a 16-byte boundary too
+    const bool vector = aligned16(op.x, op.y) && (op.seeds == 1 || per_seed % kChunk<T> == 0);
+    const auto kernel = vector ? dropout_kernel<T, true> : dropout_kernel<T, false>;
+    PETUNE_LAUNCH(kernel, static_cast<int>(blocks * op.seeds), kThreads, 0, stream, op, drop, per_seed,
+                  static_cast<int>(blocks));
+  });
+  check_launch("dropout");
+}
+
 }  // namespace petune::cuda

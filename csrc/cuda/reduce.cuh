@@ -4,7 +4,8 @@
 // which block of a team of about sqrt(blocks) came last, that block adds up its team's rows, and the last of those adds
 // up the teams. Which block does the work varies; which numbers are added in which order does not, so the result is
 // bit-equal from run to run. Two levels, because one block alone would read all the partials through one
-// multiprocessor: blocks * H * 4 bytes at some 100 GB/s, 4 us for 132 x 768, against 2 * sqrt(132) * H * 4 in two levels.
+// multiprocessor: blocks * H * 4 bytes at some 100 GB/s, 4 us for 132 x 768, against 2 * sqrt(132) * H * 4 in two
+// levels.
 //
 // The last block sets its ticket back to 0: a workspace that was zero-filled once stays usable.
 #pragma once
@@ -24,8 +25,8 @@ __device__ __forceinline__ void warp_sum(float (&v)[N]) {
 }
 
 // Adds up v over the `threads` consecutive threads (whole warps) that share a row; each of them gets the sums.
-// scratch is shared and two deep: a warp can write its next sums while a slower one still reads the last, so one barrier
-// per sum is enough. All threads of the block call it equally often.
+// scratch is shared and two deep: a warp can write its next sums while a slower one still reads the last, so one
+// barrier per sum is enough. All threads of the block call it equally often.
 using RowScratch = float[2][2 * kMaxWarps];
 
 template <int N>
@@ -126,11 +127,11 @@ __device__ __forceinline__ void add_partials(const ColumnSums& sums, int64_t bas
   }
 }
 
-// Called by all threads of every block once its partials [begin, end) are written at partial[k] + (g * blocks + block) *
-// width. T: the type of out unless out_f32.
+// Called by all threads of every block once its partials [begin, end) are written at partial[k] + (g * blocks + block)
+// * width. T: the type of out unless out_f32.
 template <typename T>
-__device__ __forceinline__ void finish(const ColumnSums& sums, int64_t job, int64_t g, int block, int64_t width, int begin,
-                                       int end) {
+__device__ __forceinline__ void finish(const ColumnSums& sums, int64_t job, int64_t g, int block, int64_t width,
+                                       int begin, int end) {
   const int team = block / sums.team, first = team * sums.team, size = min(sums.team, sums.blocks - first);
   int* tickets = sums.tickets + job * (1 + sums.teams);
   const int64_t base = g * sums.blocks * width;

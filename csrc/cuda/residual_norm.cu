@@ -6,9 +6,9 @@
 //              d_residual = d, d_x = dropout(d), d_bias = sum d_x, d_gamma = sum dy * xhat, d_beta = sum dy
 //              One pass over dy and the saved row; xhat comes from whichever row was saved.
 //
-// Two kernels each. `_rows`: H is a multiple of a 16-byte chunk, pointers are aligned, and one row fits in the registers
-// of a group of threads, a warp where H is small (up to 1024 in 16-bit types), several warps above; a block holds as
-// many groups as fit in 256 threads and each group walks over its rows. `_any`: every other H and alignment.
+// Two kernels each. `_rows`: H is a multiple of a 16-byte chunk, pointers are aligned, and one row fits in the
+// registers of a group of threads, a warp where H is small (up to 1024 in 16-bit types), several warps above; a block
+// holds as many groups as fit in 256 threads and each group walks over its rows. `_any`: every other H and alignment.
 //
 // The column sums of the backward live in fp32 registers over all rows of a group and are switched at compile time
 // (kSums), because they decide how many registers a thread needs. Everything else unwanted is a null pointer that the
@@ -18,17 +18,23 @@
 namespace petune::cuda {
 namespace {
 
-constexpr int kBlock = 256;                          // threads, where a row does not need more
-constexpr int kWide = 512;                           // most threads on one row
-constexpr int kGamma = 1, kBeta = 2, kBias = 4;      // kSums
-constexpr int kTile = kBlock / 32;                   // rows that an `_any` backward block handles at a time
+constexpr int kBlock = 256;                      // threads, where a row does not need more
+constexpr int kWide = 512;                       // most threads on one row
+constexpr int kGamma = 1, kBeta = 2, kBias = 4;  // kSums
+constexpr int kTile = kBlock / 32;               // rows that an `_any` backward block handles at a time
 
 PETUNE_HD constexpr int count_sums(int sums) { return (sums & 1) + (sums >> 1 & 1) + (sums >> 2 & 1); }
 
-// Up to one sum leaves a thread at 128 registers and 512 threads on a multiprocessor; with more, a thread may have 255
-// and loads its next row while it works on this one, which makes up for the fewer warps.
-PETUNE_HD constexpr int most_threads(int sums) { return count_sums(sums) <= 1 ? kWide : kBlock; }
-PETUNE_HD constexpr bool prefetches(int sums) { return count_sums(sums) > 1; }
+// Sums cost a thread one register per column, so fewer warps fit; such a kernel loads its next row while it works on
+// this one, which keeps as many bytes in flight. Without sums, more warps do that.
+PETUNE_HD constexpr bool prefetches(int sums) { return sums != 0; }
+PETUNE_HD constexpr int most_threads(int sums) { return sums == 0 ? kWide : kBlock; }
+
+// Backward blocks on a multiprocessor: two 256-thread blocks leave a thread 128 registers. What it needs is the sums,
+// five packed rows (dy, saved, both again for the next row, dz) and about 60 more.
+PETUNE_HD constexpr int blocks_per_multiprocessor(int chunks, int chunk, int sums) {
+  return sums != 0 && count_sums(sums) * chunks * chunk + 5 * 4 * chunks + 60 <= 128 ? 2 : 1;
+}
 
 // How the rows of a replica are dealt out. Blocks of one replica never touch another's rows.
 struct Rows {
@@ -36,6 +42,8 @@ struct Rows {
   int H, threads, groups;  // threads of one row, rows of a block at a time
   int blocks;              // of one replica
   Drop drop;
+  int64_t seeds, rows_per_seed;
+  bool seed_per_replica;
   bool param_f32;
 };
 
@@ -66,34 +74,47 @@ Rows deal(const Op& op, int H, Shape shape, int most_blocks) {
   rows.groups = shape.chunks == 0 ? 1 : std::max(1, kBlock / shape.threads);
   const int64_t useful = ceil_div<int64_t>(rows.per_replica, rows.groups);
   rows.blocks = static_cast<int>(std::min<int64_t>(useful, std::max<int64_t>(1, most_blocks / op.G)));
-  rows.drop = make_drop(op.seed, op.seeds, op.p);
+  rows.drop = make_drop(op.seed, op.p);
+  rows.seeds = std::max<int64_t>(1, op.seeds);
+  rows.rows_per_seed = op.T / rows.seeds;
+  rows.seed_per_replica = rows.seeds == op.G;
   rows.param_f32 = op.param_dtype == DType::f32;
   return rows;
 }
 
 int grid_of(const Rows& rows, int64_t G) {
   if (G * rows.blocks > std::numeric_limits<int>::max())
-    throw std::invalid_argument("petune: residual_norm: G = " + std::to_string(G) + " replicas are too many for one grid");
+    throw std::invalid_argument("petune: residual_norm: G = " + std::to_string(G) +
+                                " replicas are too many for one grid");
   return static_cast<int>(G * rows.blocks);
 }
 
 // Where a thread is, and where its chunks are.
 struct Place {
-  int64_t g, first_row, seed;
+  int64_t g, first_row;
   int block, group, thread;
 
   __device__ explicit Place(const Rows& rows)
       : g(blockIdx.x / rows.blocks),
         first_row(g * rows.per_replica),
-        seed(0),
         block(blockIdx.x % rows.blocks),
         group(threadIdx.x / rows.threads),
-        thread(threadIdx.x % rows.threads) {
-    if (rows.drop.seed != nullptr) seed = rows.drop.seed[rows.drop.shared ? 0 : g];
+        thread(threadIdx.x % rows.threads) {}
+
+  // The C chunks of a thread are 32 chunks apart: each warp owns a stretch of the row, and the distance is a constant
+  // that addresses fold into the instruction.
+  template <int C, int V>
+  __device__ int first_column() const {
+    return (thread / 32 * C * 32 + thread % 32) * V;
   }
-  // element index of row i of this replica under its seed
-  __device__ uint64_t element(const Rows& rows, int64_t i) const {
-    return static_cast<uint64_t>(rows.drop.shared ? first_row + i : i) * rows.H;
+  // The mask of one chunk of row i of this replica. Elements are counted within the rows of one seed; a division finds
+  // them only where seeds and replicas differ in number.
+  template <bool kVector, int V>
+  __device__ void drop(const Rows& rows, int64_t i, int column, float (&v)[V]) const {
+    const int64_t row = first_row + i;
+    const int64_t s = rows.seed_per_replica ? g : rows.seeds == 1 ? 0 : row / rows.rows_per_seed;
+    const int64_t element = (row - s * rows.rows_per_seed) * rows.H + column;
+    apply_dropout<kVector>(rows.drop, rows.drop.seed[s], element, v);
   }
 };
 
@@ -101,22 +122,22 @@ struct Place {
 
 // z of one chunk, from x, bias, the mask and the residual, in that order.
 template <typename T, bool kVector>
-__device__ __forceinline__ void make_z(const ResidualNorm& op, const Rows& rows, const Place& at, uint64_t element,
-                                       int column, int n, uint4 x, uint4 residual, float (&z)[kChunk<T>]) {
+__device__ __forceinline__ void make_z(const ResidualNorm& op, const Rows& rows, const Place& at, int64_t i, int column,
+                                       int n, uint4 x, uint4 residual, float (&z)[kChunk<T>]) {
   constexpr int V = kChunk<T>;
   unpack<T>(x, z);
   if (op.bias != nullptr) {
     float bias[V];
     load_param<kVector, T>(op.bias, rows.param_f32, at.g * rows.H + column, n, bias);
 #pragma unroll
-    for (int i = 0; i < V; ++i) z[i] += bias[i];
+    for (int j = 0; j < V; ++j) z[j] += bias[j];
   }
-  if (rows.drop.seed != nullptr) apply_dropout<kVector>(rows.drop, at.seed, element + column, z);
+  if (rows.drop.seed != nullptr) at.drop<kVector>(rows, i, column, z);
   if (op.residual != nullptr) {
     float r[V];
     unpack<T>(residual, r);
 #pragma unroll
-    for (int i = 0; i < V; ++i) z[i] += r[i];
+    for (int j = 0; j < V; ++j) z[j] += r[j];
   }
 }
 
@@ -145,11 +166,12 @@ __device__ __forceinline__ void write_row(const ResidualNorm& op, const Rows& ro
 }
 
 template <typename T, int C>
-__global__ void __launch_bounds__(kWide) residual_norm_rows(ResidualNorm op, Rows rows) {
+__global__ void __launch_bounds__(kWide, 1) residual_norm_rows(ResidualNorm op, Rows rows) {
   constexpr int V = kChunk<T>;
   __shared__ RowScratch scratch;
   int turn = 0;
   const Place at(rows);
+  const int first_column = at.first_column<C, V>();
   const float inverse = 1.0f / rows.H;
   // all groups of a block go round equally often: a row past the end is worked on with zeros, for the barriers' sake
   for (int64_t i0 = static_cast<int64_t>(at.block) * rows.groups; i0 < rows.per_replica;
@@ -159,7 +181,7 @@ __global__ void __launch_bounds__(kWide) residual_norm_rows(ResidualNorm op, Row
     uint4 x[C], residual[C] = {};
 #pragma unroll
     for (int c = 0; c < C; ++c) {
-      const int column = (c * rows.threads + at.thread) * V;
+      const int column = first_column + c * 32 * V;
       x[c] = load<true>(static_cast<const T*>(op.x) + offset + column, width - column);
       if (op.residual != nullptr)
         residual[c] = load<true>(static_cast<const T*>(op.residual) + offset + column, width - column);
@@ -167,9 +189,9 @@ __global__ void __launch_bounds__(kWide) residual_norm_rows(ResidualNorm op, Row
     float z[C][V], sum[1] = {0.0f}, squares[1] = {0.0f}, mean = 0.0f;
 #pragma unroll
     for (int c = 0; c < C; ++c) {
-      const int column = (c * rows.threads + at.thread) * V;
+      const int column = first_column + c * 32 * V;
       if (column < width) {
-        make_z<T, true>(op, rows, at, at.element(rows, i), column, width - column, x[c], residual[c], z[c]);
+        make_z<T, true>(op, rows, at, i, column, width - column, x[c], residual[c], z[c]);
 #pragma unroll
         for (int j = 0; j < V; ++j) sum[0] += z[c][j];
       }
@@ -180,7 +202,7 @@ __global__ void __launch_bounds__(kWide) residual_norm_rows(ResidualNorm op, Row
     }
 #pragma unroll
     for (int c = 0; c < C; ++c) {
-      const int column = (c * rows.threads + at.thread) * V;
+      const int column = first_column + c * 32 * V;
       if (column < width) {
 #pragma unroll
         for (int j = 0; j < V; ++j) squares[0] += (z[c][j] - mean) * (z[c][j] - mean);
@@ -191,7 +213,7 @@ __global__ void __launch_bounds__(kWide) residual_norm_rows(ResidualNorm op, Row
     if (at.thread == 0 && width > 0) op.rstd[row] = rstd;
 #pragma unroll
     for (int c = 0; c < C; ++c) {
-      const int column = (c * rows.threads + at.thread) * V;
+      const int column = first_column + c * 32 * V;
       if (column < width) write_row<T, true>(op, rows, at, offset, column, width - column, mean, rstd, z[c]);
     }
   }
@@ -199,7 +221,7 @@ __global__ void __launch_bounds__(kWide) residual_norm_rows(ResidualNorm op, Row
 
 // One row per block, read three times (from cache after the first): mean, variance, result.
 template <typename T, bool kVector>
-__global__ void __launch_bounds__(kBlock) residual_norm_any(ResidualNorm op, Rows rows) {
+__global__ void __launch_bounds__(kBlock, 2) residual_norm_any(ResidualNorm op, Rows rows) {
   constexpr int V = kChunk<T>;
   __shared__ RowScratch scratch;
   int turn = 0;
@@ -214,27 +236,27 @@ __global__ void __launch_bounds__(kBlock) residual_norm_any(ResidualNorm op, Row
         uint4 residual = make_uint4(0, 0, 0, 0);
         if (op.residual != nullptr) residual = load<kVector>(static_cast<const T*>(op.residual) + offset + column, n);
         float z[V];
-        make_z<T, kVector>(op, rows, at, at.element(rows, i), column, n, x, residual, z);
+        make_z<T, kVector>(op, rows, at, i, column, n, x, residual, z);
         use(column, n, z);
       }
     };
     float sum[1] = {0.0f}, squares[1] = {0.0f}, mean = 0.0f;
     if (!op.rms) {
-      each_chunk([&](int, int n, float(&z)[V]) {
+      each_chunk([&](int, int n, float (&z)[V]) {
 #pragma unroll
         for (int j = 0; j < V; ++j) sum[0] += j < n ? z[j] : 0.0f;
       });
       row_sum(sum, kBlock, scratch, turn);
       mean = sum[0] * inverse;
     }
-    each_chunk([&](int, int n, float(&z)[V]) {
+    each_chunk([&](int, int n, float (&z)[V]) {
 #pragma unroll
       for (int j = 0; j < V; ++j) squares[0] += j < n ? (z[j] - mean) * (z[j] - mean) : 0.0f;
     });
     row_sum(squares, kBlock, scratch, turn);
     const float rstd = rsqrtf(squares[0] * inverse + static_cast<float>(op.eps));
     if (at.thread == 0) op.rstd[row] = rstd;
-    each_chunk([&](int column, int n, float(&z)[V]) {
+    each_chunk([&](int column, int n, float (&z)[V]) {
       write_row<T, kVector>(op, rows, at, offset, column, n, mean, rstd, z);
     });
   }
@@ -244,8 +266,8 @@ __global__ void __launch_bounds__(kBlock) residual_norm_any(ResidualNorm op, Row
 
 // dy, g = dy * gamma and xhat of one chunk. mean matters for Row::z only.
 template <typename T, bool kVector>
-__device__ __forceinline__ void make_xhat(const ResidualNormBackward& op, const Rows& rows, int64_t param, int n, uint4 dy,
-                                          uint4 row, float mean, float rstd, float (&wide_dy)[kChunk<T>],
+__device__ __forceinline__ void make_xhat(const ResidualNormBackward& op, const Rows& rows, int64_t param, int n,
+                                          uint4 dy, uint4 row, float mean, float rstd, float (&wide_dy)[kChunk<T>],
                                           float (&g)[kChunk<T>], float (&xhat)[kChunk<T>]) {
   constexpr int V = kChunk<T>;
   unpack<T>(dy, wide_dy);
@@ -276,31 +298,33 @@ __device__ __forceinline__ void make_xhat(const ResidualNormBackward& op, const 
 
 // From g and xhat of one chunk: writes d_residual and d_x, leaves d_x in g.
 template <typename T, bool kVector>
-__device__ __forceinline__ void write_d(const ResidualNormBackward& op, const Rows& rows, const Place& at, int64_t offset,
-                                        uint64_t element, int column, int n, uint4 dz, float mean_gx, float mean_g,
-                                        float rstd, const float (&xhat)[kChunk<T>], float (&g)[kChunk<T>]) {
+__device__ __forceinline__ void write_d(const ResidualNormBackward& op, const Rows& rows, const Place& at,
+                                        int64_t offset, int64_t i, int column, int n, uint4 dz, float mean_gx,
+                                        float mean_g, float rstd, const float (&xhat)[kChunk<T>],
+                                        float (&g)[kChunk<T>]) {
   constexpr int V = kChunk<T>;
 #pragma unroll
-  for (int i = 0; i < V; ++i) g[i] = (g[i] - xhat[i] * mean_gx - mean_g) * rstd;
+  for (int j = 0; j < V; ++j) g[j] = (g[j] - xhat[j] * mean_gx - mean_g) * rstd;
   if (op.dz != nullptr) {
     float d[V];
     unpack<T>(dz, d);
 #pragma unroll
-    for (int i = 0; i < V; ++i) g[i] += d[i];
+    for (int j = 0; j < V; ++j) g[j] += d[j];
   }
   if (op.dresidual != nullptr) store<kVector>(static_cast<T*>(op.dresidual) + offset + column, n, g);
-  if (rows.drop.seed != nullptr) apply_dropout<kVector>(rows.drop, at.seed, element + column, g);
+  if (rows.drop.seed != nullptr) at.drop<kVector>(rows, i, column, g);
   if (op.dx != nullptr) store<kVector>(static_cast<T*>(op.dx) + offset + column, n, g);
 }
 
 template <typename T, int C, int kSums>
-__global__ void __launch_bounds__(most_threads(kSums), 1)
+__global__ void __launch_bounds__(most_threads(kSums), blocks_per_multiprocessor(C, kChunk<T>, kSums))
     residual_norm_backward_rows(ResidualNormBackward op, Rows rows, ColumnSums sums) {
   constexpr int V = kChunk<T>;
   constexpr bool kPrefetch = prefetches(kSums);
   __shared__ RowScratch scratch;
   int turn = 0;
   const Place at(rows);
+  const int first_column = at.first_column<C, V>();
   const float inverse = 1.0f / rows.H;
   const bool want_d = (kSums & kBias) != 0 || op.dresidual != nullptr || op.dx != nullptr;
   // d_beta alone needs neither the row nor rstd
@@ -308,7 +332,7 @@ __global__ void __launch_bounds__(most_threads(kSums), 1)
   const bool want_mean = want_row && op.row_kind == Row::z && !op.rms;
 
   float sum_gamma[kSums & kGamma ? C : 1][V] = {}, sum_beta[kSums & kBeta ? C : 1][V] = {},
-        sum_bias[kSums & kBias ? C : 1][V] = {};
+                                       sum_bias[kSums & kBias ? C : 1][V] = {};
 
   const int64_t step = static_cast<int64_t>(rows.blocks) * rows.groups;
   const auto load_row = [&](int64_t i, uint4(&dy)[C], uint4(&row)[C]) {
@@ -316,7 +340,7 @@ __global__ void __launch_bounds__(most_threads(kSums), 1)
     const int width = i < rows.per_replica ? rows.H : 0;
 #pragma unroll
     for (int c = 0; c < C; ++c) {
-      const int column = (c * rows.threads + at.thread) * V;
+      const int column = first_column + c * 32 * V;
       dy[c] = load<true>(static_cast<const T*>(op.dy) + offset + column, width - column);
       if (want_row) row[c] = load<true>(static_cast<const T*>(op.row) + offset + column, width - column);
     }
@@ -338,7 +362,7 @@ __global__ void __launch_bounds__(most_threads(kSums), 1)
     if (op.dz != nullptr && want_d) {
 #pragma unroll
       for (int c = 0; c < C; ++c) {
-        const int column = (c * rows.threads + at.thread) * V;
+        const int column = first_column + c * 32 * V;
         dz[c] = load<true>(static_cast<const T*>(op.dz) + offset + column, width - column);
       }
     }
@@ -361,7 +385,7 @@ __global__ void __launch_bounds__(most_threads(kSums), 1)
     float dots[2] = {0.0f, 0.0f};  // sums of g * xhat and of g
 #pragma unroll
     for (int c = 0; c < C; ++c) {
-      const int column = (c * rows.threads + at.thread) * V;
+      const int column = first_column + c * 32 * V;
       if (column >= width) continue;
       float wide_dy[V], g[V], xhat[V];
       make_xhat<T, true>(op, rows, at.g * rows.H + column, V, dy[c], row[c], mean[0], rstd, wide_dy, g, xhat);
@@ -379,11 +403,11 @@ __global__ void __launch_bounds__(most_threads(kSums), 1)
     const float mean_gx = dots[0] * inverse, mean_g = op.rms ? 0.0f : dots[1] * inverse;
 #pragma unroll
     for (int c = 0; c < C; ++c) {
-      const int column = (c * rows.threads + at.thread) * V;
+      const int column = first_column + c * 32 * V;
       if (column >= width) continue;
       float wide_dy[V], g[V], xhat[V];
       make_xhat<T, true>(op, rows, at.g * rows.H + column, V, dy[c], row[c], mean[0], rstd, wide_dy, g, xhat);
-      write_d<T, true>(op, rows, at, offset, at.element(rows, i), column, V, dz[c], mean_gx, mean_g, rstd, xhat, g);
+      write_d<T, true>(op, rows, at, offset, i, column, V, dz[c], mean_gx, mean_g, rstd, xhat, g);
       if constexpr ((kSums & kBias) != 0) {
 #pragma unroll
         for (int j = 0; j < V; ++j) sum_bias[c][j] += g[j];
@@ -399,7 +423,7 @@ __global__ void __launch_bounds__(most_threads(kSums), 1)
       float* mine = rows.groups == 1 ? partial : shared + at.group * rows.H;
 #pragma unroll
       for (int c = 0; c < C; ++c) {
-        const int column = (c * rows.threads + at.thread) * V;
+        const int column = first_column + c * 32 * V;
         if (column >= rows.H) continue;
 #pragma unroll
         for (int j = 0; j < V; j += 4)
@@ -502,13 +526,12 @@ __global__ void __launch_bounds__(kBlock, 2)
           sum_beta[j] += wide_dy[j];
         }
         if (want_d) {
-          write_d<T, kVector>(op, rows, at, offset, at.element(rows, i), column, n, dz, tile_gx[r], tile_g[r],
-                              tile_rstd[r], xhat, g);
+          write_d<T, kVector>(op, rows, at, offset, i, column, n, dz, tile_gx[r], tile_g[r], tile_rstd[r], xhat, g);
 #pragma unroll
           for (int j = 0; j < V; ++j) sum_bias[j] += g[j];
         }
       }
-      const auto add = [&](float* to, const float(&sum)[V]) {
+      const auto add = [&](float* to, const float (&sum)[V]) {
         if (to == nullptr) return;
 #pragma unroll
         for (int j = 0; j < V; ++j)
@@ -538,19 +561,21 @@ BackwardPlan plan_backward(const ResidualNormBackward& op) {
   const int H = checked_width(op.H, "residual_norm_backward");
   plan.wanted = (op.dgamma ? kGamma : 0) | (op.dbeta ? kBeta : 0) | (op.dbias ? kBias : 0);
   if (op.T == 0 || H == 0) return plan;
-  const int chunk = static_cast<int>(16 / dtype_size(op.dtype)), most = most_threads(plan.wanted);
+  const int chunk = static_cast<int>(16 / dtype_size(op.dtype));
   const bool aligned = aligned16(op.dy, op.dz, op.row, op.gamma, op.beta, op.dresidual, op.dx);
-  plan.shape = shape_of(H, chunk, aligned, most);
-  // as many blocks as run at once; without sums there are no partials to keep few, and more blocks balance better
+  plan.shape = shape_of(H, chunk, aligned, most_threads(plan.wanted));
+  // as many blocks as run at once: each more is a row of partials; without sums there are none, and more balance better
   const bool rows_kernel = plan.shape.chunks != 0;
-  const int threads = rows_kernel ? std::max(1, kBlock / plan.shape.threads) * plan.shape.threads : kBlock;
-  const int per_sm = plan.wanted == 0 ? 8 : rows_kernel ? std::max(1, most / threads) : 2;
+  const int per_sm = plan.wanted == 0 ? 8
+                     : rows_kernel    ? blocks_per_multiprocessor(plan.shape.chunks, chunk, plan.wanted)
+                                      : 2;
   plan.rows = deal(op, H, plan.shape, multiprocessors() * per_sm);
   if (!rows_kernel)  // a block takes kTile rows at a time
     plan.rows.blocks = static_cast<int>(std::min<int64_t>(plan.rows.blocks, ceil_div<int64_t>(op.T / op.G, kTile)));
   void* const out[kMaxSums] = {op.dgamma, op.dbeta, op.dbias};
   if (plan.wanted != 0)
-    plan.workspace = ColumnSums::plan(plan.sums, op.workspace, op.G, op.G, plan.rows.blocks, H, out, plan.rows.param_f32);
+    plan.workspace =
+        ColumnSums::plan(plan.sums, op.workspace, op.G, op.G, plan.rows.blocks, H, out, plan.rows.param_f32);
   return plan;
 }
 
@@ -624,9 +649,7 @@ void residual_norm_backward(const ResidualNormBackward& op, Stream stream_handle
     return;
   }
   if (plan.wanted == 0 && op.dresidual == nullptr && op.dx == nullptr) return;
-  if (plan.workspace > 0 && op.workspace == nullptr)
-    throw std::invalid_argument("petune: residual_norm_backward: workspace is null, " + std::to_string(plan.workspace) +
-                                " bytes are needed");
+  require_workspace(op.workspace, plan.workspace, "residual_norm_backward");
   with_dtype(op.dtype, [&](auto type) {
     using T = decltype(type);
     switch (plan.shape.chunks) {
@@ -639,7 +662,8 @@ void residual_norm_backward(const ResidualNormBackward& op, Stream stream_handle
       case 4:
         return launch_backward_rows<T, 4>(op, plan, stream);
     }
-    const bool vector = op.H % kChunk<T> == 0 && aligned16(op.dy, op.dz, op.row, op.gamma, op.beta, op.dresidual, op.dx);
+    const bool vector =
+        op.H % kChunk<T> == 0 && aligned16(op.dy, op.dz, op.row, op.gamma, op.beta, op.dresidual, op.dx);
     const auto kernel = vector ? residual_norm_backward_any<T, true> : residual_norm_backward_any<T, false>;
     PETUNE_LAUNCH(kernel, grid_of(plan.rows, op.G), kBlock, 0, stream, op, plan.rows, plan.sums);
   });

@@ -73,7 +73,7 @@ def seeds(op: str, seed: torch.Tensor | None, T: int, G: int, device: torch.devi
 
 
 def new_seed(device: torch.device, count: int = 1) -> torch.Tensor:
-    """A dropout seed from torch's own generator of the device: follows torch.manual_seed and activation checkpointing."""
+    """Dropout seeds from torch's own generator of the device, so that torch.manual_seed and checkpointing rule them."""
     return torch.randint(-(2**63), 2**63 - 1, (count,), dtype=torch.int64, device=device)
 
 
@@ -82,10 +82,10 @@ def contiguous_rows(x: torch.Tensor, T: int, H: int) -> torch.Tensor:
 
 
 def one_dtype(x: torch.Tensor, *params: torch.Tensor | None) -> list[torch.Tensor | None]:
-    """Small parameters in one dtype that a kernel takes: x's or float32. Casting is seen by autograd, and tiny."""
+    """Small parameters contiguous and in one dtype that a kernel takes, x's or float32; autograd sees the casts."""
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     dtypes = {t.dtype for t in params if t is not None}
     dtype = dtypes.pop() if len(dtypes) == 1 else wide
     if dtype not in (x.dtype, wide):
         dtype = wide
-    return [None if t is None else t.to(dtype) for t in params]
+    return [None if t is None else t.to(dtype).contiguous() for t in params]

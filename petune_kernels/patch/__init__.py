@@ -146,5 +146,8 @@ def _match(module: nn.Module) -> tuple[Pattern | None, Mapping[str, str], str]:
 
 def _backends(model: nn.Module) -> dict[str, str]:
     param = next(iter(model.parameters()), torch.empty(0))
-    return {choice.op: choice.backend for choice in backends.describe() if choice.op in _OPS and
-            choice.device == ("cuda" if param.is_cuda else "cpu")}
+    return {
+        choice.op: choice.backend
+        for choice in backends.describe()
+        if choice.op in _OPS and choice.device == ("cuda" if param.is_cuda else "cpu")
+    }

@@ -41,6 +41,14 @@ def draw(total: int, count: int, seed: int) -> Tensor:
     return numbers
 
 
+def _put(w: Tensor, index: Tensor, values: Tensor) -> None:
+    """w.flatten()[index] = values, in w's memory; unlike Tensor.put_ it may run under deterministic algorithms."""
+    if w.is_contiguous():
+        w.data.view(-1).index_copy_(0, index, values.detach())
+    else:
+        w.data[torch.unravel_index(index, w.shape)] = values.detach()
+
+
 class _Scatter(torch.autograd.Function):
     """(w, index [n], values [n]) -> w's memory with the values in place."""
 
@@ -48,7 +56,7 @@ class _Scatter(torch.autograd.Function):
     def forward(ctx: Any, w: Tensor, index: Tensor, values: Tensor) -> Tensor:
         # Through .data, so that a second call before backward is no "in-place change" of what the first one saved.
         # A step between forward and backward still raises: values is saved, and the step changes its version.
-        w.data.put_(index, values)
+        _put(w, index, values)
         ctx.save_for_backward(index, values)
         return w.detach()
 
@@ -72,7 +80,7 @@ class _Sampled:
             host.register_forward_pre_hook(self.enter),
             host.register_forward_hook(self.leave, always_call=True),
             owner.register_state_dict_pre_hook(self.before_save),
-            owner.register_state_dict_post_hook(self.after_save),
+            owner.register_state_dict_post_hook(_after_save),
             owner.register_load_state_dict_pre_hook(self.before_load),
         ]
 
@@ -88,7 +96,7 @@ class _Sampled:
     def write(self, owner: nn.Module) -> None:
         self.settle(owner)
         for name, values, index in self.entries(owner):
-            owner._parameters[name].data.put_(index, values.detach())  # type: ignore[union-attr]
+            _put(owner.get_parameter(name), index, values)
 
     def enter(self, host: nn.Module, args: Any) -> None:
         if getattr(host, "_is_replica", False):
@@ -106,10 +114,6 @@ class _Sampled:
     def before_save(self, owner: nn.Module, prefix: str, keep_vars: bool) -> None:
         self.write(owner)
 
-    def after_save(self, owner: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
-        for name in self.names:
-            state_dict.pop(prefix + name + _VALUES, None)
-
     def before_load(self, owner: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
         self.write(owner)
         for name, values, index in self.entries(owner):
@@ -118,6 +122,12 @@ class _Sampled:
                 state_dict[prefix + name + _VALUES] = new.take(index.to(new.device))
             else:  # nothing to load (strict=False), or torch is about to say what does not fit: the values stay
                 state_dict[prefix + name + _VALUES] = values.detach()
+
+
+def _after_save(owner: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
+    """A function, because torch sets an attribute on it, which a method cannot have."""
+    for name in owner.__dict__[_ATTRIBUTE].names:
+        del state_dict[prefix + name + _VALUES]
 
 
 def install(model: nn.Module, picks: dict[str, Tensor]) -> tuple[str, ...]:

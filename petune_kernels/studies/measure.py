@@ -48,7 +48,7 @@ def saved_bytes(forward: Callable[[], object], exclude: Iterable[torch.Tensor] =
     kept: list[weakref.ref[_Saved]] = []
 
     def pack(tensor: torch.Tensor) -> _Saved:
-        holder = _Saved(tensor)
+        holder = _Saved(tensor.detach())  # not the tensor: an output would keep its own graph alive
         kept.append(weakref.ref(holder))
         return holder
 
@@ -76,9 +76,7 @@ def saved_bytes_per_token_per_layer(
 
     def count(n: int) -> int:
         model = build(n)
-        return saved_bytes(
-            lambda: model(**batch)["loss"], [*model.parameters(), *model.buffers(), *batch.values()]
-        )
+        return saved_bytes(lambda: model(**batch)["loss"], [*model.parameters(), *model.buffers(), *batch.values()])
 
     return (count(many) - count(few)) / (many - few) / batch["input_ids"].numel()
 

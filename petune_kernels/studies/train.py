@@ -144,7 +144,7 @@ class Deviation:
 def deviations(stock: nn.Module, patched: nn.Module, batch: Batch) -> list[Deviation]:
     """Logits, loss and every gradient of both variants against a float64 copy of `stock`, with dropout off.
 
-    The bound on `patched` is 3 times the error of `stock` (two roundings of the same sum differ by chance) plus 16
+    The bound on `patched` is 3 times the error of `stock` (two roundings of the same sum differ by chance) plus 8
     units of the dtype. A tensor much smaller than the others (the key bias of attention has no gradient but rounding)
     is taken relative to a thousandth of their common size.
     """
@@ -159,7 +159,7 @@ def deviations(stock: nn.Module, patched: nn.Module, batch: Batch) -> list[Devia
     for name, value in exact.items():
         size = max(_rms(value), common) or 1.0
         own, other = _rms(theirs[name] - value) / size, _rms(ours[name] - value) / size
-        rows.append(Deviation(name, own, other, 3 * own + 16 * torch.finfo(dtype).eps))
+        rows.append(Deviation(name, own, other, 3 * own + 8 * torch.finfo(dtype).eps))
     return rows
 
 

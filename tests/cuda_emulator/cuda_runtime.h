@@ -98,7 +98,8 @@ T __shfl_xor_sync(unsigned mask, T v, int lanes, int width = 32, emulator::Where
   return emulator::shuffle(mask, v, source < end ? source : lane, where);
 }
 template <typename T>
-T __shfl_down_sync(unsigned mask, T v, unsigned by, int width = 32, emulator::Where where = emulator::Where::current()) {
+T __shfl_down_sync(unsigned mask, T v, unsigned by, int width = 32,
+                   emulator::Where where = emulator::Where::current()) {
   const int lane = emulator::lane(), source = lane + static_cast<int>(by), end = lane / width * width + width;
   return emulator::shuffle(mask, v, source < end ? source : lane, where);
 }

@@ -100,6 +100,7 @@ struct Machine {
   Order order = Order::ascending;
   std::mt19937_64 random{0};
   int multiprocessors = 4;
+  bool only_last_block = false;
   cudaError_t last_error = cudaSuccess;
   const void* host_bottom = nullptr;  // of the stack of whoever launches; for AddressSanitizer
   size_t host_size = 0;
@@ -108,7 +109,8 @@ Machine machine;
 
 std::string at(const Where& where) { return std::string(where.file_name()) + ":" + std::to_string(where.line()); }
 std::string name(int thread) {
-  return "thread " + std::to_string(thread) + " of block " + std::to_string(blockIdx.x) + "," + std::to_string(blockIdx.y);
+  return "thread " + std::to_string(thread) + " of block " + std::to_string(blockIdx.x) + "," +
+         std::to_string(blockIdx.y);
 }
 
 void set_ready(int t) {
@@ -189,7 +191,8 @@ void make_fibers(int count) {
   const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
   while (static_cast<int>(machine.fibers.size()) < count) {
     void* p = mmap(nullptr, kStack + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (p == MAP_FAILED || mprotect(p, page, PROT_NONE) != 0) throw std::runtime_error("emulator: no memory for stacks");
+    if (p == MAP_FAILED || mprotect(p, page, PROT_NONE) != 0)
+      throw std::runtime_error("emulator: no memory for stacks");
     machine.fibers.emplace_back();
     machine.fibers.back().stack = static_cast<char*>(p) + page;
   }
@@ -227,8 +230,9 @@ void release_barrier() {
         if (!(f.mask >> l & 1)) continue;
         const Fiber& other = machine.fibers[mate];
         if (other.state == State::warp && at(other.where) == at(f.where) && other.mask == f.mask) continue;
-        machine.error = "wrong lane: " + name(t) + " waits at " + at(f.where) + " for lane " + std::to_string(l) +
-                        (other.state == State::done ? ", which has left the kernel" : ", which is at " + at(other.where));
+        machine.error =
+            "wrong lane: " + name(t) + " waits at " + at(f.where) + " for lane " + std::to_string(l) +
+            (other.state == State::done ? ", which has left the kernel" : ", which is at " + at(other.where));
         return;
       }
     }
@@ -333,6 +337,7 @@ void launch(dim3 grid, dim3 block, size_t shared, void (*body)(void*), void* con
 
   std::vector<uint64_t> blocks(uint64_t{grid.x} * grid.y * grid.z);
   std::iota(blocks.begin(), blocks.end(), 0);
+  if (machine.only_last_block) blocks.erase(blocks.begin(), blocks.end() - 1);
   if (machine.order == Order::descending) std::reverse(blocks.begin(), blocks.end());
   if (machine.order == Order::random) std::shuffle(blocks.begin(), blocks.end(), machine.random);
   for (const uint64_t b : blocks) {
@@ -363,7 +368,9 @@ unsigned vote(unsigned mask, bool value, Where where) {
 
 cudaError_t cudaGetLastError() { return std::exchange(emulator::machine.last_error, cudaSuccess); }
 const char* cudaGetErrorString(cudaError_t error) {
-  return error == cudaSuccess ? "no error" : error == cudaErrorInvalidValue ? "invalid argument" : "invalid configuration argument";
+  return error == cudaSuccess             ? "no error"
+         : error == cudaErrorInvalidValue ? "invalid argument"
+                                          : "invalid configuration argument";
 }
 cudaError_t cudaGetDevice(int* device) {
   *device = 1 << 20;  // past the caller's cache, so that a test may change the machine
@@ -379,8 +386,10 @@ cudaError_t cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_t) {
 }
 
 extern "C" {
-// order: 0 ascending, 1 descending, 2 random (of threads between meeting points, and of blocks)
-void emulator_configure(int order, uint64_t seed, int multiprocessors) {
+// order: 0 ascending, 1 descending, 2 random (of threads between meeting points, and of blocks). only_last_block: skip
+// the others, to visit the far end of tensors that are too large to go through.
+void emulator_configure(int order, uint64_t seed, int multiprocessors, int only_last_block) {
+  emulator::machine.only_last_block = only_last_block != 0;
   emulator::machine.order = static_cast<emulator::Order>(order);
   emulator::machine.random.seed(seed);
   emulator::machine.multiprocessors = multiprocessors;

@@ -45,9 +45,8 @@ const char* petune_residual_norm(const ResidualNorm* op) {
   return guarded([&] { cuda::residual_norm(*op, nullptr); });
 }
 const char* petune_residual_norm_backward(const ResidualNormBackward* op, int runs) {
-  return guarded([&] {
-    with_workspace(*op, runs, &cuda::residual_norm_backward_workspace, &cuda::residual_norm_backward);
-  });
+  return guarded(
+      [&] { with_workspace(*op, runs, &cuda::residual_norm_backward_workspace, &cuda::residual_norm_backward); });
 }
 const char* petune_bias_act(const BiasAct* op) {
   return guarded([&] { cuda::bias_act(*op, nullptr); });
@@ -57,6 +56,9 @@ const char* petune_bias_act_backward(const BiasActBackward* op, int runs) {
 }
 const char* petune_column_sum(const ColumnSum* op, int runs) {
   return guarded([&] { with_workspace(*op, runs, &cuda::column_sum_workspace, &cuda::column_sum); });
+}
+const char* petune_column_sum_without_workspace(const ColumnSum* op) {
+  return guarded([&] { cuda::column_sum(*op, nullptr); });
 }
 const char* petune_dropout(const Dropout* op) {
   return guarded([&] { cuda::dropout(*op, nullptr); });

@@ -188,13 +188,31 @@ def of_peft(layer):
     }  # fmt: skip
 
 
+class OurMask(nn.Module):
+    """nn.Dropout with our mask in place of torch's."""
+
+    def __init__(self, seed, p):
+        super().__init__()
+        self.seed, self.p = seed, p
+
+    def forward(self, x):
+        return torch.where(reference.keep_mask(self.seed, self.p, x.numel()).reshape(x.shape), x / (1 - self.p), 0)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1])
 @pytest.mark.parametrize("lora_bias", [False, True])
-@pytest.mark.parametrize("dtypes", [*DTYPES, (torch.float32, torch.float32)], ids=str)
-def test_no_less_exact_than_peft(dtypes, lora_bias):
-    """Error against float64 at most 1.1 times that of PEFT's own module, output and every gradient."""
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+def test_no_less_exact_than_peft(dtypes, lora_bias, p):
+    """Error against float64 at most 1.1 times that of PEFT's own module, output and every gradient.
+
+    In float32 both err by the order in which a matmul sums, a fraction of 6e-8, so the ratio itself means nothing.
+    """
     dtype, adapter = dtypes
     T, K, N, r = 512, 192, 160, 8
     layer = peft_layer(K, N, r, 0.0, dtype, adapter, lora_bias)
+    seed = [torch.tensor([11])] if p else None
+    if p:
+        layer.lora_dropout["default"] = OurMask(seed[0], p)
     x, dy = torch.randn(T, K).to(dtype), torch.randn(T, N).to(dtype)
 
     def gradients(run, x, *parameters):
@@ -207,13 +225,12 @@ def test_no_less_exact_than_peft(dtypes, lora_bias):
     trained = [v for v in tensors.values() if v.requires_grad]
     assert len(trained) == 3 + lora_bias
     theirs = gradients(layer, x, *trained)
-    ours = gradients(lambda v: lora_linear(v, **args), x, *trained)
+    ours = gradients(lambda v: lora_linear(v, **args, p=p, seed=seed), x, *trained)
     wide = {k: v.detach().double().requires_grad_(v.requires_grad) for k, v in tensors.items()}
-    exact = gradients(
-        lambda v: lora_linear(v, **wide, scale=args["scale"]), x.double(), *(v for v in wide.values() if v.requires_grad)
-    )
+    run = lambda v: lora_linear(v, **wide, scale=args["scale"], p=p, seed=seed)  # noqa: E731
+    exact = gradients(run, x.double(), *(v for v in wide.values() if v.requires_grad))
     for got, eager, want in zip(ours, theirs, exact, strict=True):
-        floor = {torch.float32: 5e-8, torch.bfloat16: 0.0, torch.float16: 0.0}[got.dtype]
+        floor = 5e-8 if got.dtype == torch.float32 else 0.0
         assert error(got, want) <= 1.1 * error(eager, want) + floor
 
 
@@ -243,25 +260,20 @@ def test_a_group_may_hold_plain_projections_and_unused_outputs():
     made = problem(6, 8, 5, 2, torch.float32, torch.float32, n=3)
     for name in ("a", "b", "bias_b"):
         made[name][1] = None
-    leaf = leaves({"x": made["x"]}) | made
-    for name in ("a", "b", "bias"):
-        for t in made[name]:
-            t is None or t.requires_grad_(True)
-    y = lora_linear(**leaf)
-    torch.testing.assert_close(y[1], torch.nn.functional.linear(leaf["x"], made["w"][1], made["bias"][1]))
+    for t in (made["x"], *made["bias"], made["a"][0], made["a"][2], made["b"][0], made["b"][2]):
+        t.requires_grad_(True)
+    y = lora_linear(**made)
+    torch.testing.assert_close(y[1], torch.nn.functional.linear(made["x"], made["w"][1], made["bias"][1]))
     y[0].sum().backward()  # projections 1 and 2 get no gradient
     assert made["a"][0].grad.abs().sum() > 0
     assert not made["a"][2].grad.any() and not made["bias"][1].grad.any()
     torch.testing.assert_close(
-        leaf["x"].grad, (made["w"][0].sum(0) + made["b"][0].sum(0) @ made["a"][0]).expand(6, -1).detach()
+        made["x"].grad, (made["w"][0].sum(0) + made["b"][0].sum(0) @ made["a"][0]).expand(6, -1).detach()
     )
 
 
-@pytest.mark.parametrize("adapter", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype, adapter", DTYPES[:3], ids=str)
 def test_merged_path(dtype, adapter):
-    if dtype == torch.float32 and adapter == torch.bfloat16:
-        pytest.skip("bfloat16 adapters beside float32 x are refused")
     made = problem(66, 40, 24, 8, dtype, adapter)
     grads, ys = [], []
     for path in ("adapter", "merged"):
@@ -307,12 +319,9 @@ def test_double_backward_is_refused():
         dx.sum().backward()
 
 
-@pytest.mark.parametrize("G", [1, 2])
 @pytest.mark.parametrize("adapter", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("merged", [False, True])
-def test_opcheck(merged, adapter, G):
-    if merged and G > 1:
-        pytest.skip("replicas cannot share one merged weight")
+@pytest.mark.parametrize("merged, G", [(False, 1), (False, 2), (True, 1)])
+def test_opcheck(merged, G, adapter):
     made = problem(6, 8, 5, 2, torch.bfloat16, adapter, G=G, n=2)
     made["a"][1] = made["b"][1] = made["bias_b"][1] = None
     seed = [None if merged else torch.tensor([3]), None]

@@ -1,0 +1,71 @@
+# make demo        the main job: install, fetch a pretrained model and real sentences, tune it stock and patched
+# make test        everything CI runs; make check: linters and types; make wheel: a wheel for every torch >= 2.10
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+ARGS   ?=
+SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*/*)
+TOOLS  := setuptools wheel pybind11 ninja
+HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo yes)
+# A torch that is there stays; else with a GPU the index's own build, without one the CPU build where pip can find it.
+TORCH  ?= $(if $(HAS_GPU),torch>=2.10,torch==2.13.0+cpu)
+TORCH_OTHERWISE ?= torch==2.13.0
+
+.PHONY: install demo test test-slow gpu-test sanitize check format wheel doctor clean
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.torch: | $(BIN)/python
+	$(BIN)/pip install -q $(TOOLS)
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install -q "$(TORCH)" 2>/dev/null \
+		|| $(BIN)/pip install -q "$(TORCH_OTHERWISE)"
+	touch $@
+
+# The user's install, editable so that tests and kernels under work are one tree.
+$(VENV)/.installed: $(SOURCES) | $(VENV)/.torch
+	$(BIN)/pip install -q --no-build-isolation -e .
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.installed
+	$(BIN)/pip install -q --no-build-isolation -e ".[dev]"
+	touch $@
+
+install: $(VENV)/.installed
+
+demo: install
+	$(BIN)/petune demo $(ARGS)
+
+doctor: install
+	$(BIN)/petune doctor
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest -q $(ARGS)
+
+test-slow: $(VENV)/.dev
+	$(BIN)/python -m pytest -q --slow -m slow $(ARGS)
+
+gpu-test: $(VENV)/.dev
+	$(BIN)/python -m pytest -q -m gpu $(ARGS)
+
+check: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix -q . || true
+	$(BIN)/ruff format -q .
+	$(BIN)/clang-format -i $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
+
+# One wheel for this Python and every torch >= 2.10; the torch libraries stay outside it.
+wheel: $(VENV)/.dev
+	rm -rf dist wheelhouse
+	$(BIN)/python -m build --wheel --no-isolation -o dist .
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' \
+		--exclude 'libcu*' -w wheelhouse dist/*.whl
+	@ls wheelhouse
+
+clean:
+	rm -rf build dist wheelhouse *.egg-info petune_kernels/*.so

@@ -1,0 +1,236 @@
+r"""attention: softmax(q k^T * scale + mask), dropout, times v, with no [S, K] tensor kept.
+
+Forward, for one (batch, head), q [S, D], k and v [K, D] (Vaswani et al. 2017):
+
+    Z = scale * q k^T + mask        P = softmax_rows(Z)        o = (keep * P) v        lse = log sum_columns exp(Z)
+
+Backward. With P~ = keep * P (keep scaled by 1/(1-p)) and dP~ = do v^T:
+
+    dv = P~^T do        dP = keep * dP~        dZ = P * (dP - delta)        dq = scale * dZ k        dk = scale * dZ^T q
+
+where delta_i = sum_j P_ij dP_ij, which equals do_i . o_i (Dao et al. 2022). Z and keep are computed again, tile by
+tile, from q, k and the seed; element ((b*h + head)*S + row)*K + column of the dropout mask is that of
+Z[b, head, row, column].
+
+A row that sees nothing (every column -inf) has o = 0, lse = -inf and no gradient, where eager has NaN. A row whose mask
+holds the dtype's finite minimum everywhere, as Hugging Face writes it, sees every column alike, as in eager.
+
+Saved: q, k, v, the mask, o, lse [B, h, S] fp32 and the seed. Eager keeps the softmax, its dropped copy and the mask:
+three [B, h, S, K] tensors. The mask gets no gradient: it would be the [S, K] tensor this op avoids.
+
+On CUDA PyTorch's own fused attention (flash) does the work unless a seed or a backend is asked for by name.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import backends
+from ..backends import pick
+from . import _checks as check
+
+
+class Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        seed: Tensor | None,
+        p: float,
+        scale: float,
+        causal: bool,
+    ) -> Tensor:
+        o, lse = pick("attention", q)(q, k, v, mask, seed, p, scale, causal)
+        ctx.save_for_backward(q, k, v, mask, o, lse, seed)
+        ctx.p, ctx.scale, ctx.causal = p, scale, causal
+        return o
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        q, k, v, mask, o, lse, seed = ctx.saved_tensors
+        grads = pick("attention_backward", q)(
+            _dense_rows(do), q, k, v, mask, o, lse, seed, ctx.p, ctx.scale, ctx.causal
+        )
+        wants = ctx.needs_input_grad[:3]
+        return (*(grad if want else None for grad, want in zip(grads, wants, strict=True)), *(None,) * 5)
+
+
+def _dense_rows(t: Tensor) -> Tensor:
+    """Kernels take any strides but the last: rows of D stand together."""
+    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
+
+
+def _check_heads(op: str, q: Tensor, k: Tensor, v: Tensor) -> None:
+    for name, t in (("q", q), ("k", k), ("v", v)):
+        if t.dim() != 4 or t.shape[3] == 0:
+            raise ValueError(f"{op}: {name} has shape {tuple(t.shape)}; accepted is [B, h, S, D] with D at least 1")
+        if t.dtype != q.dtype:
+            raise TypeError(f"{op}: {name} is {t.dtype}, q is {q.dtype}; they must be equal")
+    B, h, _, D = q.shape
+    expected = (B, h, k.shape[2], D)
+    for name, t in (("k", k), ("v", v)):
+        if t.shape != expected:
+            raise ValueError(
+                f"{op}: {name} has shape {tuple(t.shape)}, q has {tuple(q.shape)}; accepted is [B, h, K, D] with q's "
+                "B, h and D and one K (repeat grouped heads first)"
+            )
+
+
+def additive_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask as attention adds it: in dtype, 0 where a boolean mask is True and -inf where it is False.
+
+    An additive mask in a wider dtype keeps its -inf; finite values beyond dtype's range become its finite limits, so
+    that a row masked by the wider dtype's minimum everywhere still sees every column alike.
+    """
+    if mask.dtype == torch.bool:
+        return torch.zeros((), dtype=dtype, device=mask.device).where(mask, -torch.inf)
+    if mask.dtype == dtype:
+        return mask
+    finite = torch.finfo(dtype)
+    return mask.clamp(finite.min, finite.max).where(mask.isfinite(), mask).to(dtype)
+
+
+def _check_mask(op: str, mask: Tensor, q: Tensor, K: int) -> Tensor:
+    """The mask in q's dtype, expanded to [B, h, S, K] without a copy: its repeated dimensions have stride 0."""
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"{op}: mask is {type(mask).__name__}; accepted is a torch.Tensor")
+    if mask.requires_grad:
+        raise ValueError(
+            f"{op}: mask requires grad; accepted is a mask that does not, because its gradient is the [S, K] tensor "
+            "this op never builds. Use eager attention for a learned bias"
+        )
+    if mask.dtype != torch.bool:
+        check.floating(op, mask=mask)
+    full = (*q.shape[:3], K)
+    if mask.dim() > 4 or any(m not in (1, n) for m, n in zip(reversed(mask.shape), reversed(full), strict=False)):
+        raise ValueError(f"{op}: mask has shape {tuple(mask.shape)}; accepted is one that broadcasts to {full}")
+    mask = mask.reshape((1,) * (4 - mask.dim()) + mask.shape)
+    for dim in range(3):  # an expanded mask is converted once, not once a repetition
+        if mask.stride(dim) == 0:
+            mask = mask.narrow(dim, 0, 1)
+    mask = additive_mask(mask.expand(-1, -1, -1, K), q.dtype)
+    if K > 1 and mask.stride(3) != 1:
+        mask = mask.contiguous()
+    return mask.expand(full)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p: float, scale: float, causal: bool) -> Tensor:
+    S, K = q.shape[2], k.shape[2]
+    if causal and (mask is not None or S != K):  # SDPA aligns its causal mask at the first column, and takes only one
+        hidden = torch.ones(S, K, dtype=torch.bool, device=q.device).triu(1 + K - S)
+        mask = torch.zeros((), dtype=q.dtype, device=q.device) if mask is None else mask
+        mask, causal = mask.masked_fill(hidden, -torch.inf), False
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p, is_causal=causal, scale=scale)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    p: float = 0.0,
+    scale: float | None = None,
+    causal: bool = False,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """o = dropout(softmax(q k^T * scale + mask)) v; see the top of this file.
+
+    Args:
+        q: [B, h, S, D], float16, bfloat16, float32 or float64.
+        k, v: [B, h, K, D] in q's dtype. Any strides: a [B, S, h, D] tensor transposed costs no copy.
+        mask: broadcasts to [B, h, S, K]; boolean (True is seen) or additive, used in q's dtype. None for none. It gets
+            no gradient.
+        p: dropout probability in [0, 1), in effect whenever it is not 0 (callers pass 0 in evaluation).
+        scale: of the scores; D^(-1/2) when None.
+        causal: row i sees columns up to i + K - S, the last row all of them.
+        seed: int64 [1]; drawn from torch's generator of q's device when None.
+
+    Returns:
+        o [B, h, S, D], laid out [B, S, h, D] in memory, so that the projection after it needs no copy.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was given and what is accepted.
+    """
+    op = "attention"
+    check.floating(op, q=q, k=k, v=v)
+    check.same_device(op, q, k=k, v=v, mask=mask)
+    check.probability(op, p)
+    _check_heads(op, q, k, v)
+    if seed is not None and isinstance(seed, Tensor) and seed.numel() != 1:
+        raise ValueError(f"{op}: seed has {seed.numel()} elements; accepted is 1")
+    check.seeds(op, seed, 1, 1, q.device)
+    if scale is None:
+        scale = q.shape[3] ** -0.5
+    if mask is not None:
+        mask = _check_mask(op, mask, q, k.shape[2])
+    if q.device.type == "cuda" and seed is None and backends._forced is None:
+        return _sdpa(q, k, v, mask, p, scale, causal)
+    if p == 0.0:
+        seed = None
+    elif seed is None:
+        seed = check.new_seed(q.device)
+    q, k, v = _dense_rows(q), _dense_rows(k), _dense_rows(v)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)):
+        return Attention.apply(q, k, v, mask, seed, p, scale, causal)
+    return pick(op, q)(q, k, v, mask, seed, p, scale, causal)[0]
+
+
+def attention_interface(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """`attention` as a transformers attention function: AttentionInterface.register("petune", attention_interface).
+
+    query [B, h, S, D]; key, value [B, h_kv, K, D] with h a multiple of h_kv. Returns (o [B, S, h, D], None). Whether a
+    causal mask is needed is decided as transformers decides it for SDPA: only without a mask and for more than one row.
+    Register `attention_mask_interface` under the same name, too.
+
+    Raises:
+        ValueError: for what eager attention adds and this op does not: position_bias, softcap, s_aux (sinks), a cache
+            of pages, or attention weights as an output.
+    """
+    for name in ("position_bias", "softcap", "s_aux", "cache", "output_attentions"):
+        given = kwargs.get(name)
+        if given is not None and given is not False:
+            raise ValueError(f"attention_interface: {name} is given; not supported, use attn_implementation='eager'")
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = (t.repeat_interleave(groups, 1) for t in (key, value))
+    S, K = query.shape[2], key.shape[2]
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    causal = S > 1 and attention_mask is None and bool(causal)
+    if causal and K > S:  # filling an empty static cache: the columns past S hold nothing yet
+        key, value = key[:, :, :S], value[:, :, :S]
+    return attention(query, key, value, attention_mask, dropout, scaling, causal).transpose(1, 2), None
+
+
+def attention_mask_interface(dtype: torch.dtype = torch.float32, **kwargs: Any) -> Tensor | None:
+    """The mask to go with it: AttentionMaskInterface.register("petune", attention_mask_interface).
+
+    None where nothing is masked; else one additive mask in the model's dtype, made once a forward: [B, 1, 1, K] where
+    every query sees the same keys (an encoder's padding), [B, 1, S, K] otherwise. Masked is the dtype's finite minimum,
+    as in eager, so a row of padding alone gives what eager gives.
+    """
+    from transformers.masking_utils import bidirectional_mask_function, sdpa_mask
+
+    if kwargs.get("mask_function") is bidirectional_mask_function and not kwargs.get("use_vmap"):
+        kwargs["q_length"] = 1
+    mask = sdpa_mask(**kwargs)
+    if mask is None:
+        return None
+    return torch.zeros((), dtype=dtype, device=mask.device).where(mask, torch.finfo(dtype).min)

@@ -1,0 +1,89 @@
+r"""bias_act: a bias and an activation, plain or gated, in one pass each way.
+
+Forward, for rows u [T, N], with v = u + bias:
+
+    h = act(v)                      or, gated (Shazeer 2020), h = act(v) * gate
+
+    gelu       v Phi(v), Phi the normal distribution (Hendrycks and Gimpel 2016)
+    gelu_tanh  v sigma(2w), w = sqrt(2/pi) (v + 0.044715 v^3), since (1 + tanh w) / 2 = sigma(2w)
+    relu       max(v, 0)
+    silu       v sigma(v), sigma the logistic function
+
+Backward:
+
+    du = dh * gate * act'(v)        dgate = dh * act(v)        dbias = sum_rows du
+
+    gelu       act' = Phi(v) + v phi(v), phi the normal density
+    gelu_tanh  act' = s + v s (1 - s) 2w',  s = sigma(2w), w' = sqrt(2/pi) (1 + 3 * 0.044715 v^2)
+    relu       act' = 1 where v > 0, else 0
+    silu       act' = s + v s (1 - s),  s = sigma(v)
+
+All three gradients come from one pass over dh, u and gate. dbias is summed from du before du is rounded, in fp32, over
+pieces of rows that depend on T and G alone; the pieces are added in order.
+
+Saved: u and gate, the inputs themselves. act(v) is computed again where dgate needs it: it is never a saved tensor.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backends import pick
+from ..schema import ACTIVATIONS
+from . import _checks as check
+
+
+class BiasAct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, u: Tensor, bias: Tensor | None, gate: Tensor | None, act: int) -> Tensor:
+        ctx.save_for_backward(u, bias, gate)
+        ctx.act = act
+        return pick("bias_act", u)(u, bias, gate, act)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dh: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        u, bias, gate = ctx.saved_tensors
+        wants = ctx.needs_input_grad[:3]
+        grads = pick("bias_act_backward", u)(dh.contiguous(), u, bias, gate, ctx.act, *wants)
+        return (*(grad if want else None for grad, want in zip(grads, wants, strict=True)), None)
+
+
+def bias_act(u: Tensor, bias: Tensor | None = None, act: str = "gelu", gate: Tensor | None = None) -> Tensor:
+    """h = act(u + bias), times gate if there is one; see the top of this file.
+
+    Args:
+        u: [..., N], float16, bfloat16, float32 or float64; its T rows are all but the last dimension.
+        bias: [N], or [G, N] for G replicas whose rows follow one another (G divides T); None for none. A floating
+            dtype that is neither u's nor float32 is used in float32.
+        act: "gelu" (exact), "gelu_tanh", "relu" or "silu".
+        gate: same shape as u. Where its dtype differs, both are promoted as torch.mul promotes them.
+
+    Returns:
+        h, like u.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was given and what is accepted.
+    """
+    op = "bias_act"
+    check.floating(op, u=u, bias=bias, gate=gate)
+    check.same_device(op, u, bias=bias, gate=gate)
+    if act not in ACTIVATIONS:
+        raise ValueError(f"{op}: act is {act!r}; accepted are {', '.join(ACTIVATIONS)}")
+    T, N = check.rows(op, "u", u)
+    check.same_shape(op, u, gate=gate)
+    check.small(op, T, N, bias=bias)
+    if gate is not None and gate.dtype != u.dtype:
+        dtype = torch.promote_types(u.dtype, gate.dtype)
+        u, gate = u.to(dtype), gate.to(dtype)
+    (bias,) = check.one_dtype(u, bias)
+    shape, index = u.shape, ACTIVATIONS.index(act)
+    u = check.contiguous_rows(u, T, N)
+    if gate is not None:
+        gate = check.contiguous_rows(gate, T, N)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (u, bias, gate)):
+        return BiasAct.apply(u, bias, gate, index).reshape(shape)
+    return pick(op, u)(u, bias, gate, index).reshape(shape)

@@ -1,0 +1,412 @@
+r"""lora_linear and its backward; the derivation is in ops/lora_linear.py.
+
+Three kernels, with "low" for the thin matrix between the two adapter factors (xa forward, s dy B backward):
+
+    project   low[T, r] = D * in[T, C] @ inner                          one read of the wide side
+    matmul    out[T, N] = sum_i in_i @ W_i + D_i * (low_i @ outer_i) + bias    out written once
+    outer     d[R, C] = low^T @ (D * in), and the column sum of in      one read of the wide side
+
+The forward is project + matmul, one matmul a projection; the backward matmul (dx, over all projections at once) and
+outer, once for each dy (dB and the bias sums) and once for x (every dA). Without dropout and with everything in one
+dtype, matmul computes low itself as it walks over its input, and project is not run.
+
+Bytes: forward T (2K + N) + N K, backward T (2 sum N + 2 K) + K sum N, times the element size, the second read of x or
+dy mostly from L2; flops 2 T K N each way, and 2 T r (K + N) a low-rank product.
+
+Precision. float32 adapters beside 16-bit rows: a float32 tile is two (16-bit result) or three (float32 result) 16-bit
+tiles whose sum it is to 2^-17 or 2^-24, so that all of it runs on the 16-bit tensor cores with float32 accumulation.
+Row blocks are summed by `finish` in a fixed order: deterministic. Rows of a replica never share a block with another's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import column_sum as columns
+from .common import arch, finish, keep_tile, nothing, processors, serve, threshold
+
+RANK_BLOCK = 64
+"""Ranks handled at a time. A rank up to this can be computed inside the matmul."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tile of the result (rows, cols), depth of one step, warps, pipeline stages."""
+
+    rows: int
+    cols: int
+    depth: int
+    warps: int
+    stages: int
+
+
+# Widest first. Chosen by resources (no spill, shared memory below each chip's limit); not measured.
+CONFIGS: dict[int, tuple[Config, ...]] = {
+    80: (Config(128, 128, 32, 8, 4), Config(64, 128, 32, 4, 4), Config(64, 64, 32, 4, 4)),
+    90: (Config(128, 256, 64, 8, 3), Config(128, 128, 64, 8, 4), Config(64, 128, 64, 4, 4), Config(64, 64, 64, 4, 4)),
+    100: (Config(128, 256, 64, 8, 3), Config(128, 128, 64, 8, 4), Config(128, 64, 64, 4, 4), Config(64, 64, 64, 4, 4)),
+}
+
+TUNED: dict[tuple[int, int, int, int], Config] = {}
+"""Recorded choices by (depth of the product, N, T rounded up to a power of two, arch); `tune` fills it."""
+
+_chosen: dict[tuple[int, int, int, int, int], Config] = {}
+
+
+def candidates(device: torch.device) -> tuple[Config, ...]:
+    chip = arch(device)
+    return CONFIGS[max((known for known in CONFIGS if known <= chip), default=80)]
+
+
+def configure(T: int, C: int, N: int, itemsize: int, device: torch.device) -> Config:
+    """The tile for [T, C] @ [C, N]: a tuned one, else the widest that still gives every multiprocessor a tile."""
+    key = (C, N, triton.next_power_of_2(max(T, 1)), arch(device))
+    if key in TUNED:
+        return TUNED[key]
+    if (*key, itemsize) not in _chosen:
+        options = candidates(device)
+        wide = [c for c in options if triton.cdiv(T, c.rows) * triton.cdiv(N, c.cols) >= processors(device)]
+        best = (wide or options[-1:])[0]
+        if itemsize == 4:  # the same bytes a step; a float32 product has no room for the widest tile
+            best = Config(min(best.rows, 64), min(best.cols, 64), 32, 4, 3)
+        _chosen[(*key, itemsize)] = best
+    return _chosen[(*key, itemsize)]
+
+
+def tune(
+    run: Callable[[], Any], T: int, C: int, N: int, device: torch.device, bench: Callable[..., float] | None = None
+) -> dict[Config, float]:
+    """Times `run`, a call whose matmul is [T, C] @ [C, N], with every configuration and records the fastest."""
+    measure = triton.testing.do_bench if bench is None else bench
+    key = (C, N, triton.next_power_of_2(max(T, 1)), arch(device))
+    times = {}
+    for config in candidates(device):
+        TUNED[key] = config
+        times[config] = measure(run)
+    TUNED[key] = min(times, key=lambda c: times[c])
+    return times
+
+
+@triton.jit
+def _split_dot(u, v, total, dtype: tl.constexpr, TERMS: tl.constexpr, PRECISION: tl.constexpr):
+    """total + u @ v with tensor cores of `dtype`; a float32 factor is the sum of up to TERMS tiles of that dtype."""
+    if dtype == tl.float32:
+        total = tl.dot(u.to(tl.float32), v.to(tl.float32), total, input_precision=PRECISION)
+    elif TERMS == 1:
+        total = tl.dot(u.to(dtype), v.to(dtype), total)
+    else:
+        u0 = u.to(dtype)
+        v0 = v.to(dtype)
+        if u.dtype == tl.float32:
+            u1 = (u - u0.to(tl.float32)).to(dtype)
+            total = tl.dot(u1, v0, total)
+            if TERMS == 3:
+                u2 = (u - u0.to(tl.float32) - u1.to(tl.float32)).to(dtype)
+                total = tl.dot(u2, v0, total)
+        if v.dtype == tl.float32:
+            v1 = (v - v0.to(tl.float32)).to(dtype)
+            total = tl.dot(u0, v1, total)
+            if TERMS == 3:
+                v2 = (v - v0.to(tl.float32) - v1.to(tl.float32)).to(dtype)
+                total = tl.dot(u0, v2, total)
+        total = tl.dot(u0, v0, total)
+    return total
+
+
+@triton.jit
+def _masked(tile, key, limit, row, first, WIDTH: tl.constexpr, COLS: tl.constexpr):
+    return tl.where(keep_tile(key, limit, row, first, WIDTH, COLS), tile, 0.0)
+
+
+@triton.jit(do_not_specialize=["limit"])
+def project_kernel(
+    source, inner, low, seed, rows_per_group, rows_per_seed, limit, scale, stride_c, stride_r, stride_group,
+    R: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, RANK: tl.constexpr,
+    TERMS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """low = scale * mask(source) @ inner, inner[c, r] at c*stride_c + r*stride_r."""
+    group = tl.program_id(1).to(tl.int64)
+    within = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    row, here = group * rows_per_group + within, within < rows_per_group
+    rank = tl.program_id(2) * RANK + tl.arange(0, RANK)[None, :]
+    dtype: tl.constexpr = source.dtype.element_ty
+    if seed is not None:
+        key = tl.load(seed + row // rows_per_seed, mask=here, other=0)
+    total = tl.zeros([ROWS, RANK], tl.float32)
+    for first in range(0, C, COLS):
+        col = first + tl.arange(0, COLS)
+        tile = tl.load(source + row * C + col[None, :], mask=here & (col[None, :] < C), other=0.0)
+        if seed is not None:
+            tile = _masked(tile, key, limit, row % rows_per_seed, first, C, COLS)
+        at = group * stride_group + col[:, None] * stride_c + rank * stride_r
+        factor = tl.load(inner + at, mask=(col[:, None] < C) & (rank < R), other=0.0)
+        total = _split_dot(tile, factor, total, dtype, TERMS, PRECISION)
+    tl.store(low + row * R + rank, total * scale, mask=here & (rank < R))
+
+
+@triton.jit(do_not_specialize=["limits"])
+def matmul_kernel(
+    sources, weights, lows, inners, outers, seeds, bias, bias_low, out, rows_per_group, rows_per_seed, limits, scales,
+    factors, stride_bias, bias_scale, widths: tl.constexpr, ranks: tl.constexpr, N: tl.constexpr,
+    TRANSPOSED: tl.constexpr, FUSED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr,
+    RANK: tl.constexpr, TERMS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """out = sum_i source_i @ W_i + factor_i mask_i(low_i @ outer_i) + bias + bias_scale * bias_low.
+
+    W_i[c, n], inner_i[c, r] and outer_i[r, n] are stored as [n, c], [r, c], [n, r] (TRANSPOSED: forward, with W, A, B)
+    or as [c, n], [c, r], [r, n] (backward, with W, B, A). FUSED: low_i = scale_i * source_i @ inner_i is made here and
+    stored by the first column of programs; else it is read. lows[i] is None where there is no adapter.
+    """
+    tiles_n: tl.constexpr = (N + COLS - 1) // COLS
+    tiles_m = tl.cdiv(rows_per_group, ROWS)
+    # eight row tiles share a stretch of W in L2
+    pid, band = tl.program_id(0), 8 * tiles_n
+    top = pid // band * 8
+    height = tl.minimum(tiles_m - top, 8)
+    pid_m, pid_n = top + pid % band % height, pid % band // height
+    group = tl.program_id(1).to(tl.int64)
+    within = pid_m * ROWS + tl.arange(0, ROWS)[:, None]
+    row, here = group * rows_per_group + within, within < rows_per_group
+    col = pid_n * COLS + tl.arange(0, COLS)[None, :]
+    total = tl.zeros([ROWS, COLS], tl.float32)
+    for i in tl.static_range(len(sources)):
+        C: tl.constexpr = widths[i]
+        R: tl.constexpr = ranks[i]
+        dtype: tl.constexpr = sources[i].dtype.element_ty
+        rank = tl.arange(0, RANK)
+        low = tl.zeros([ROWS, RANK], tl.float32)
+        for first in range(0, C, DEPTH):
+            step = first + tl.arange(0, DEPTH)
+            tile = tl.load(sources[i] + row * C + step[None, :], mask=here & (step[None, :] < C), other=0.0)
+            at = col.to(tl.int64) * C + step[:, None] if TRANSPOSED else step[:, None].to(tl.int64) * N + col
+            weight = tl.load(weights[i] + at, mask=(step[:, None] < C) & (col < N), other=0.0)
+            total = tl.dot(tile, weight, total, input_precision=PRECISION)
+            if FUSED and lows[i] is not None:
+                at = rank[None, :] * C + step[:, None] if TRANSPOSED else step[:, None] * R + rank[None, :]
+                fits = (step[:, None] < C) & (rank[None, :] < R)
+                factor = tl.load(inners[i] + group * R * C + at, mask=fits, other=0.0)
+                low = tl.dot(tile, factor, low, input_precision=PRECISION)
+        if lows[i] is not None:
+            change = tl.zeros([ROWS, COLS], tl.float32)
+            for start in tl.static_range(0, R, RANK):
+                rank = start + tl.arange(0, RANK)
+                if FUSED:
+                    low *= scales[i]
+                    if pid_n == 0:
+                        tl.store(lows[i] + row * R + rank[None, :], low, mask=here & (rank[None, :] < R))
+                else:
+                    low = tl.load(lows[i] + row * R + rank[None, :], mask=here & (rank[None, :] < R), other=0.0)
+                at = col * R + rank[:, None] if TRANSPOSED else rank[:, None] * N + col
+                fits = (rank[:, None] < R) & (col < N)
+                factor = tl.load(outers[i] + group * R * N + at, mask=fits, other=0.0)
+                change = _split_dot(low, factor, change, dtype, TERMS, PRECISION)
+            if seeds[i] is not None:
+                key = tl.load(seeds[i] + row // rows_per_seed[i], mask=here, other=0)
+                change = _masked(change, key, limits[i], row % rows_per_seed[i], pid_n * COLS, N, COLS)
+            total += change * factors[i]
+    if bias is not None:
+        total += tl.load(bias + group * stride_bias + col, mask=col < N, other=0.0).to(tl.float32)
+    if bias_low is not None:
+        total += bias_scale * tl.load(bias_low + group * N + col, mask=col < N, other=0.0).to(tl.float32)
+    tl.store(out + row * N + col, total, mask=here & (col < N))
+
+
+@triton.jit(do_not_specialize=["limits"])
+def outer_kernel(
+    source, lows, seeds, partials, sums, rows_per_group, rows_per_program, rows_per_seed, limits, G,
+    ranks: tl.constexpr, C: tl.constexpr, TRANSPOSED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    RANK: tl.constexpr, TERMS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """partial_i = mask_i(source)^T @ low_i over one stretch of rows, stored [r, c] (or [c, r] if TRANSPOSED), and the
+    column sums of source over the same rows."""
+    part, group, stretch = tl.program_id(1), tl.program_id(2) % G, tl.program_id(2) // G
+    col = tl.program_id(0) * COLS + tl.arange(0, COLS)
+    slot = part.to(tl.int64) * G + group
+    dtype: tl.constexpr = source.dtype.element_ty
+    first = part * rows_per_program
+    last = tl.minimum(first + rows_per_program, rows_per_group)
+    rank = stretch * RANK + tl.arange(0, RANK)[None, :]
+    totals: Any = ()
+    for _ in tl.static_range(len(lows)):
+        totals = totals + (tl.zeros([COLS, RANK], tl.float32),)
+    total = tl.zeros([COLS], tl.float32)
+    for at in range(first, last, ROWS):
+        within = at + tl.arange(0, ROWS)
+        here = (within < last)[:, None]
+        row = group.to(tl.int64) * rows_per_group + within[:, None]
+        tile = tl.load(source + row * C + col[None, :], mask=here & (col[None, :] < C), other=0.0)
+        if sums is not None:
+            total += tl.sum(tile.to(tl.float32), 0)
+        updated: Any = ()
+        for i in tl.static_range(len(lows)):
+            kept = tile
+            if seeds[i] is not None:
+                key = tl.load(seeds[i] + row // rows_per_seed[i], mask=here, other=0)
+                kept = _masked(tile, key, limits[i], row % rows_per_seed[i], tl.program_id(0) * COLS, C, COLS)
+            low = tl.load(lows[i] + row * ranks[i] + rank, mask=here & (rank < ranks[i]), other=0.0)
+            updated = updated + (_split_dot(tl.trans(kept), low, totals[i], dtype, TERMS, PRECISION),)
+        totals = updated
+    for i in tl.static_range(len(lows)):
+        at = col[:, None] * ranks[i] + rank if TRANSPOSED else rank * C + col[:, None]
+        fits = (col[:, None] < C) & (rank < ranks[i])
+        tl.store(partials[i] + slot * ranks[i] * C + at, totals[i], mask=fits)
+    if sums is not None:
+        tl.store(sums + slot * C + col, total, mask=(col < C) & (stretch == 0))
+
+
+def _precision() -> str:
+    """float32 products round their factors to tf32 only where torch is allowed to, too."""
+    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+def _rank_block(*ranks: int) -> int:
+    return min(RANK_BLOCK, max(16, triton.next_power_of_2(max(ranks, default=1))))
+
+
+def _groups(*adapters: Tensor | None) -> int:
+    return max((t.shape[0] for t in adapters if t is not None and t.dim() == 3), default=1)
+
+
+def _seeds(seed: Tensor | None) -> int:
+    return 1 if seed is None else seed.numel()
+
+
+def _project(source: Tensor, inner: Tensor, by_rank: bool, seed: Tensor | None, p: float, scale: float) -> Tensor:
+    """low [T, r] in inner's dtype; inner is [.., r, C] if by_rank, else [.., C, r]."""
+    T, C = source.shape
+    R, G = inner.shape[-2] if by_rank else inner.shape[-1], _groups(inner)
+    low, block = source.new_empty([T, R], dtype=inner.dtype), _rank_block(R)
+    project_kernel[(triton.cdiv(T // G, 64), G, triton.cdiv(R, block))](
+        source, inner, low, seed, T // G, T // _seeds(seed), threshold(p), scale / (1.0 - p), 1 if by_rank else R,
+        C if by_rank else 1, R * C, R=R, C=C, ROWS=64, COLS=64 if source.element_size() == 2 else 32, RANK=block,
+        TERMS=1 if inner.dtype == source.dtype else 3, PRECISION=_precision(), num_warps=4, num_stages=4,
+    )  # fmt: skip
+    return low
+
+
+def _matmul(
+    sources: list, weights: list, lows: list, inners: list, outers: list, seeds: list, p: list[float],
+    scales: list[float], factors: list[float], out: Tensor, G: int, *, transposed: bool, fused: bool,
+    bias: Tensor | None = None, bias_low: Tensor | None = None, bias_scale: float = 0.0,
+) -> None:  # fmt: skip
+    """Launches matmul_kernel: low_i is scaled by scales[i], its product with outer_i by factors[i]."""
+    T, N = out.shape
+    ranks = tuple(0 if m is None else m.shape[1] for m in lows)
+    config = configure(T, max(s.shape[1] for s in sources), N, out.element_size(), out.device)
+    tiles = triton.cdiv(T // G, config.rows) * triton.cdiv(N, config.cols)
+    mixed = any(m is not None and m.dtype != out.dtype for m in outers)
+    matmul_kernel[(tiles, G)](
+        tuple(sources), tuple(weights), tuple(lows), tuple(inners), tuple(outers), tuple(seeds), bias, bias_low, out,
+        T // G, tuple(T // _seeds(s) for s in seeds), tuple(threshold(q) for q in p), tuple(scales), tuple(factors),
+        0 if bias is None or bias.dim() == 1 else N, bias_scale, widths=tuple(s.shape[1] for s in sources),
+        ranks=ranks, N=N, TRANSPOSED=transposed, FUSED=fused, ROWS=config.rows, COLS=config.cols, DEPTH=config.depth,
+        RANK=_rank_block(*ranks), TERMS=2 if mixed else 1, PRECISION=_precision(), num_warps=config.warps,
+        num_stages=config.stages,
+    )  # fmt: skip
+
+
+def _fusable(source: Tensor, inner: Tensor, rank: int) -> bool:
+    """Whether matmul may make low itself: one dtype, and a rank that fits a tile."""
+    return inner.dtype == source.dtype and rank <= RANK_BLOCK
+
+
+def lora_linear(x, w, bias, a, b, bias_b, seed, p, scale, merged):
+    serve("lora_linear", x)
+    T, ys, xas = x.shape[0], [], []
+    for i, m in enumerate(w):
+        y, xa, fused = x.new_empty([T, m.shape[0]]), None, False
+        if merged and a[i] is not None:
+            update = b[i].reshape(-1, b[i].shape[-1]) @ a[i].reshape(-1, a[i].shape[-1])
+            m = torch.add(m, update, alpha=scale[i]).to(m.dtype)
+        elif a[i] is not None:
+            R = a[i].shape[-2]
+            fused = seed[i] is None and _fusable(x, a[i], R)
+            xa = x.new_empty([T, R], dtype=a[i].dtype)
+            if T and not fused:
+                xa = _project(x, a[i], True, seed[i], p[i], 1.0)
+        if T:
+            G = _groups(a[i], None if bias[i] is None else bias[i].unsqueeze(-1))
+            _matmul(
+                [x], [m], [xa], [a[i]], [b[i]], [None], [0.0], [1.0], [scale[i]], y, G, transposed=True, fused=fused,
+                bias=bias[i], bias_low=bias_b[i], bias_scale=scale[i],
+            )  # fmt: skip
+        ys.append(y)
+        xas.append(nothing(x) if xa is None else xa)
+    return ys, xas
+
+
+def lora_linear_backward(
+    dy, x, w, a, b, xa, seed, p, scale, groups, want_dx, want_da, want_db, want_dsum
+):  # fmt: skip
+    like = next(d for d in dy if d is not None)
+    serve("lora_linear_backward", like)
+    T, n = like.shape[0], len(w)
+    dx = like.new_empty([T, w[0].shape[1]]) if want_dx else nothing(like)
+    da = [m.new_zeros(m.shape) if want else nothing(like) for m, want in zip(a, want_da, strict=True)]
+    db = [m.new_zeros(m.shape) if want else nothing(like) for m, want in zip(b, want_db, strict=True)]
+    dsum = [
+        like.new_zeros([groups, m.shape[0]], dtype=torch.float32) if want else nothing(like)
+        for m, want in zip(w, want_dsum, strict=True)
+    ]
+    used = [i for i in range(n) if dy[i] is not None and T]
+    if not used:
+        return dx, da, db, dsum
+    lows: list[Tensor | None] = [None] * n
+    # dx's matmul walks over dy anyway and makes s dy B on the way; otherwise project does
+    fused = want_dx and all(a[i] is None or _fusable(dy[i], b[i], b[i].shape[-1]) for i in used)
+    for i in used:
+        if a[i] is not None and fused:
+            lows[i] = like.new_empty([T, b[i].shape[-1]], dtype=b[i].dtype)
+        elif a[i] is not None and (want_dx or want_da[i]):
+            lows[i] = _project(dy[i], b[i], False, None, 0.0, scale[i])
+    keep = [1.0 if s is None else 1.0 / (1.0 - q) for s, q in zip(seed, p, strict=True)]
+    if want_dx:
+        picked = ([values[i] for i in used] for values in (dy, w, lows, b, a, seed, p, scale, keep))
+        _matmul(*picked, dx, _groups(*a), transposed=False, fused=fused)
+    trained = [i for i in used if want_da[i]]
+    if trained:
+        picked = ([values[i] for i in trained] for values in (lows, seed, p, da, keep))
+        _outer(x, *picked, None, _groups(*a), transposed=False)
+    for i in used:
+        if want_db[i]:
+            low = xa[i] if xa[i].numel() else _project(x, a[i], True, None, 0.0, 1.0)
+            sums = dsum[i] if want_dsum[i] else None
+            _outer(dy[i], [low], [None], [0.0], [db[i]], [scale[i]], sums, groups, transposed=True)
+        elif want_dsum[i]:
+            dsum[i] = columns.column_sum(dy[i], groups)
+    return dx, da, db, dsum
+
+
+def _outer(
+    source: Tensor, lows: list, seeds: list, p: list[float], outs: list, factors: list[float], sums: Tensor | None,
+    G: int, *, transposed: bool,
+) -> None:  # fmt: skip
+    """outs[i] = factors[i] * low_i^T @ (source where the mask keeps) per replica; sums = column sums of source."""
+    T, C = source.shape
+    rows, ranks = T // G, tuple(m.shape[1] for m in lows)
+    block, cols = _rank_block(*ranks), 64 if len(lows) > 1 or source.element_size() == 4 else 128
+    tiles, stretches = triton.cdiv(C, cols), triton.cdiv(max(ranks), block)
+    # about two programs a processor; at least 256 rows each, so that the partials stay small beside the rows
+    parts = max(1, min(triton.cdiv(rows, 256), 2 * processors(source.device) // (tiles * G * stretches)))
+    per = triton.cdiv(triton.cdiv(rows, parts), 64) * 64
+    parts = triton.cdiv(rows, per)
+    partials = [source.new_empty([parts, G, m.shape[1], C], dtype=torch.float32) for m in lows]
+    partial_sums = None if sums is None else source.new_empty([parts, G, C], dtype=torch.float32)
+    mixed = any(m.dtype != source.dtype for m in lows)
+    outer_kernel[(tiles, parts, G * stretches)](
+        source, tuple(lows), tuple(seeds), tuple(partials), partial_sums, rows, per,
+        tuple(T // _seeds(s) for s in seeds), tuple(threshold(q) for q in p), G, ranks=ranks, C=C,
+        TRANSPOSED=transposed, ROWS=64 if source.element_size() == 2 else 32, COLS=cols, RANK=block,
+        TERMS=3 if mixed else 1, PRECISION=_precision(), num_warps=4, num_stages=3,
+    )  # fmt: skip
+    for partial, out, factor in zip(partials, outs, factors, strict=True):
+        finish(partial, out, factor)
+    if sums is not None and partial_sums is not None:
+        finish(partial_sums, sums)

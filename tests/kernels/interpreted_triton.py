@@ -1,0 +1,243 @@
+"""The Triton launchers against the reference: in Triton's interpreter on the CPU, or on a GPU where there is one.
+
+Run by test_triton_interpreter.py in a process of its own, because TRITON_INTERPRET must be set before triton is
+imported. tl.dot is wrong for bfloat16 in the interpreter, so matmul kernels run in float32 and float16 there.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+
+import pytest
+import torch
+
+from petune_kernels import reference
+from petune_kernels.triton import column_sum as t_column_sum
+from petune_kernels.triton import common
+from petune_kernels.triton import dropout as t_dropout
+from petune_kernels.triton import lora_linear as t_lora
+from petune_kernels.triton import residual_norm as t_norm
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+MATMUL_DTYPES = [torch.float32, torch.float16] + ([] if INTERPRETED else [torch.bfloat16])
+ROW_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+RELATIVE = {torch.float32: 2e-6, torch.float16: 1.5e-3, torch.bfloat16: 1.2e-2}
+
+
+def randn(*shape, dtype=torch.float32):
+    return torch.randn(*shape, device=DEVICE).to(dtype)
+
+
+def seeds(*values):
+    return torch.tensor(values, dtype=torch.int64, device=DEVICE)
+
+
+def close(got, want, dtype, terms=1):
+    """RMS error relative to the RMS value; sums of `terms` rounded values err with their square root."""
+    assert got.shape == want.shape and got.dtype == want.dtype
+    if got.numel() == 0:
+        return
+    assert got.isfinite().all()
+    got, want = got.double(), want.double()
+    off = (got - want).square().mean().sqrt() / want.square().mean().sqrt().clamp_min(1e-6)
+    assert off <= RELATIVE[dtype] * max(1.0, terms**0.5 / 8), off
+
+
+def same(got, want, dtype, terms=1):
+    for g, w in zip(got, want, strict=True):
+        if isinstance(g, (list, tuple)):
+            same(g, w, dtype, terms)
+        else:
+            close(g, w, dtype, terms)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (12, 96), (3, 1366)], ids=str)
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
+def test_dropout_mask_is_the_reference_bit_for_bit(p, shape, count):
+    if shape[0] % count:
+        shape = (shape[0] * count, shape[1])
+    seed = seeds(-7, 2**40 + 3, 5)[:count]
+    x = torch.ones(shape, device=DEVICE)
+    assert torch.equal(t_dropout.dropout(x, seed, p), reference.dropout(x, seed, p))
+    assert torch.equal(t_dropout.dropout(x.bfloat16(), seed, p), reference.dropout(x.bfloat16(), seed, p))
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("shape", [(3, 1), (66, 40), (1200, 200)], ids=str)
+@pytest.mark.parametrize("dtype", ROW_DTYPES, ids=str)
+def test_column_sum(dtype, shape, groups):
+    x = randn(*shape, dtype=dtype)
+    got = t_column_sum.column_sum(x, groups)
+    close(got, reference.column_sum(x, groups), torch.float32)
+    assert torch.equal(got, t_column_sum.column_sum(x, groups)), "deterministic"
+    close(t_column_sum.column_sum(x[:0], groups), reference.column_sum(x[:0], groups), torch.float32)
+
+
+def norm_problem(T, H, dtype, G, some=True, affine=torch.float32):
+    lead = (G,) if G > 1 else ()
+    return {
+        "x": randn(T, H, dtype=dtype),
+        "bias": randn(*lead, H, dtype=affine) if some else None,
+        "residual": randn(T, H, dtype=dtype) if some else None,
+        "gamma": (randn(*lead, H) + 3).to(affine) if some else None,
+        "beta": randn(*lead, H, dtype=affine) if some else None,
+    }
+
+
+NORM_SHAPES = [(1, 64), (6, 30), (33, 96), (9, 200), (3, 5000)]
+
+
+@pytest.mark.parametrize("G, count", [(1, 0), (1, 1), (3, 3), (3, 1), (1, 3)])
+@pytest.mark.parametrize("rms", [False, True])
+@pytest.mark.parametrize("shape", NORM_SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", ROW_DTYPES, ids=str)
+def test_residual_norm(dtype, shape, rms, G, count):
+    T, H = shape
+    T = 3 * T if max(G, count) == 3 and T % 3 else T
+    made = norm_problem(T, H, dtype, G, some=shape != (6, 30) or G > 1, affine=dtype if G == 1 else torch.float32)
+    seed, p = (seeds(11, -3, 2**50)[:count], 0.3) if count else (None, 0.0)
+    args = (*made.values(), seed, p, 1e-5, rms, True, True)
+    got, want = t_norm.residual_norm(*args), reference.residual_norm(*args)
+    same(got[:3], want[:3], dtype)
+    close(got[3], want[3], torch.float32)
+    y, z, xhat, rstd = want
+    dy, dz = randn(T, H, dtype=dtype), randn(T, H, dtype=dtype)
+    small = [made[k] is not None for k in ("bias", "gamma", "beta")]
+    for kind, row in enumerate((xhat, z, y)):
+        back = (
+            dy, dz if kind == 1 else None, row, rstd, made["bias"], made["gamma"], made["beta"], seed, p, rms, kind,
+            True, True, *small,
+        )  # fmt: skip
+        same(t_norm.residual_norm_backward(*back), reference.residual_norm_backward(*back), dtype, T)
+
+
+@pytest.mark.parametrize("want", list(itertools.product([False, True], repeat=5)), ids=str)
+def test_residual_norm_gradient_subsets(want):
+    made, seed = norm_problem(12, 40, torch.float32, 3), seeds(1, 2, 3)
+    y, z, xhat, rstd = reference.residual_norm(*made.values(), seed, 0.5, 1e-5, False, True, True)
+    back = (randn(12, 40), None, xhat, rstd, made["bias"], made["gamma"], made["beta"], seed, 0.5, False, 0, *want)
+    got = t_norm.residual_norm_backward(*back)
+    same(got, reference.residual_norm_backward(*back), torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(got, t_norm.residual_norm_backward(*back), strict=True))
+
+
+def lora_problem(T, K, N, r, dtype, adapter, G=1, n=1):
+    lead = (G,) if G > 1 else ()
+    return {
+        "x": randn(T, K, dtype=dtype),
+        "w": [(randn(N + 3 * i, K) / K**0.5).to(dtype) for i in range(n)],
+        "bias": [randn(*lead, N + 3 * i, dtype=dtype) for i in range(n)],
+        "a": [(randn(*lead, r + i, K) / K**0.5).to(adapter) for i in range(n)],
+        "b": [(randn(*lead, N + 3 * i, r + i) / r**0.5).to(adapter) for i in range(n)],
+        "bias_b": [randn(*lead, N + 3 * i, dtype=adapter) for i in range(n)],
+    }
+
+
+def dropout_of(p, n, count):
+    if not p:
+        return [None] * n, [0.0] * n
+    return [seeds(*(17 * i + j for j in range(count))) for i in range(n)], [p] * n
+
+
+LORA_SHAPES = [(1, 8, 4, 1), (6, 10, 7, 3), (150, 72, 140, 8), (66, 40, 24, 80)]  # T, K, N, r
+
+
+@pytest.mark.parametrize("G", [1, 3])
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("adapter", ["same", "float32"])
+@pytest.mark.parametrize("dtype", MATMUL_DTYPES, ids=str)
+@pytest.mark.parametrize("shape", LORA_SHAPES, ids=str)
+def test_lora_linear(shape, dtype, adapter, p, G):
+    T, K, N, r = shape
+    T = 3 * T if T % G else T
+    n = 2
+    wide = dtype if adapter == "same" else torch.float32
+    made = lora_problem(T, K, N, r, dtype, wide, G, n)
+    seed, ps = dropout_of(p, n, G)
+    scale = [0.5, 3.0]
+    args = (*made.values(), seed, ps, scale, False)
+    y, xa = t_lora.lora_linear(*args)
+    want_y, want_xa = reference.lora_linear(*args)
+    same(y, want_y, dtype)
+    same(xa, want_xa, wide)
+    dy = [torch.randn_like(t) for t in want_y]
+    back = (dy, made["x"], made["w"], made["a"], made["b"], want_xa, seed, ps, scale, G, True, *([[True] * n] * 3))
+    dx, da, db, dsum = t_lora.lora_linear_backward(*back)
+    want = reference.lora_linear_backward(*back)
+    close(dx, want[0], dtype)
+    same((da, db), want[1:3], wide, T)
+    same(dsum, want[3], torch.float32, T)
+
+
+@pytest.mark.parametrize("want", list(itertools.product([False, True], repeat=4)), ids=str)
+@pytest.mark.parametrize("p", [0.0, 0.5])
+def test_lora_gradient_subsets(p, want):
+    """Two projections: one with an adapter, one without; the second output unused in one case."""
+    made = lora_problem(12, 20, 18, 4, torch.float32, torch.float32, n=2)
+    for name in ("a", "b", "bias_b"):
+        made[name][1] = None
+    seed, ps = dropout_of(p, 2, 1)
+    seed[1], ps[1] = None, 0.0
+    args = (*made.values(), seed, ps, [2.0, 1.0], False)
+    y, xa = reference.lora_linear(*args)
+    same(t_lora.lora_linear(*args), (y, xa), torch.float32)
+    want_dx, want_da, want_db, want_dsum = want
+    for unused in (False, True):
+        dy = [torch.randn_like(y[0]), None if unused else torch.randn_like(y[1])]
+        back = (
+            dy, made["x"], made["w"], made["a"], made["b"], xa, seed, ps, [2.0, 1.0], 1, want_dx, [want_da, False],
+            [want_db, False], [want_dsum, want_dsum],
+        )  # fmt: skip
+        got = t_lora.lora_linear_backward(*back)
+        same(got, reference.lora_linear_backward(*back), torch.float32)
+        again = t_lora.lora_linear_backward(*back)
+        assert all(torch.equal(g, h) for g, h in zip([got[0], *got[1], *got[3]], [again[0], *again[1], *again[3]]))
+
+
+@pytest.mark.parametrize("dtype", MATMUL_DTYPES, ids=str)
+def test_lora_merged(dtype):
+    made = lora_problem(66, 40, 24, 8, dtype, dtype)
+    args = (*made.values(), [None], [0.0], [0.5], True)
+    y, xa = t_lora.lora_linear(*args)
+    assert xa[0].numel() == 0
+    same(y, reference.lora_linear(*args)[0], dtype)
+    dy = [torch.randn_like(y[0])]
+    back = (dy, made["x"], made["w"], made["a"], made["b"], xa, [None], [0.0], [0.5], 1, True, [True], [True], [True])
+    same(t_lora.lora_linear_backward(*back), reference.lora_linear_backward(*back), dtype)
+
+
+def test_many_row_blocks_and_no_rows():
+    made = lora_problem(1500, 24, 20, 4, torch.float32, torch.float32)
+    seed, ps = dropout_of(0.2, 1, 1)
+    for rows in (1500, 0):
+        made["x"] = made["x"][:rows]
+        args = (*made.values(), seed, ps, [1.0], False)
+        y, xa = reference.lora_linear(*args)
+        same(t_lora.lora_linear(*args), (y, xa), torch.float32)
+        back = ([torch.ones_like(y[0])], made["x"], made["w"], made["a"], made["b"], xa, seed, ps, [1.0], 1,
+                True, [True], [True], [True])  # fmt: skip
+        same(t_lora.lora_linear_backward(*back), reference.lora_linear_backward(*back), torch.float32, 1500)
+
+
+def test_configurations_are_chosen_by_shape_and_tuned_on_request():
+    device = torch.device(DEVICE)
+    wide, narrow = (t_lora.configure(T, 768, 768, 2, device) for T in (65536, 64))
+    assert wide.rows * wide.cols > narrow.rows * narrow.cols
+    costs = iter(range(len(t_lora.candidates(device)), 0, -1))
+    try:
+        times = t_lora.tune(lambda: None, 64, 768, 768, device, bench=lambda run: next(costs))
+        best = min(times, key=lambda c: times[c])
+        assert best == t_lora.candidates(device)[-1]
+        assert t_lora.configure(64, 768, 768, 2, device) == best
+    finally:
+        t_lora.TUNED.clear()
+
+
+def test_other_dtypes_are_refused():
+    x = torch.zeros(4, 8, device=DEVICE, dtype=torch.float64)
+    with pytest.raises(TypeError, match="x is torch.float64; accepted are float16, bfloat16, float32"):
+        t_column_sum.column_sum(x, 1)
+    assert common.threshold(0.5) == 2**31

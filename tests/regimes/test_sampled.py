@@ -1,0 +1,490 @@
+"""Regime random: single scalars train, all others stay bit-identical, and nothing else in a model's life changes."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from test_regime_structure import FAMILIES, SHAPE, Plain, build
+from torch import Tensor, nn
+from transformers import BertForSequenceClassification
+
+from petune_kernels.regimes import tune
+from petune_kernels.regimes.sampled import draw
+
+BLOCKS = "bert.encoder.layer."
+
+
+def machinery(model: nn.Module) -> list[str]:
+    """Everything that regime random has put into a model."""
+    found = [n for n, _ in model.named_parameters() if "_sampled" in n]
+    found += [n for n, _ in model.named_buffers() if "_sampled" in n]
+    for name, m in model.named_modules():
+        found += [f"{name}.{attribute}" for attribute in vars(m) if "_petune" in attribute]
+        found += [
+            f"{name} hook"
+            for attribute, hooks in vars(m).items()
+            if attribute.endswith(("hooks", "hooks_always_called", "with_kwargs"))
+            for hook in hooks
+            if "sampled" in str(hooks[hook]) or attribute.endswith("always_called")
+        ]
+    return found
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    return {n: v.detach().clone() for n, v in model.state_dict().items()}
+
+
+def masks(model: nn.Module) -> dict[str, Tensor]:
+    """For each sampled weight, where its sampled scalars are."""
+    buffers = dict(model.named_buffers())
+    found = {}
+    for name, p in model.named_parameters():
+        if f"{name}_sampled_index" in buffers:
+            mask = torch.zeros(p.numel(), dtype=torch.bool)
+            mask[buffers[f"{name}_sampled_index"].cpu()] = True
+            found[name] = mask.view(p.shape)
+    return found
+
+
+def fit(model: nn.Module, optimizer: torch.optim.Optimizer, batch: dict[str, Tensor], steps: int = 20) -> None:
+    torch.manual_seed(2)
+    model.train()
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(**batch).loss.backward()
+        optimizer.step()
+    model.eval()
+
+
+def gradients(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    torch.manual_seed(3)
+    model.zero_grad()
+    model(**batch).loss.backward()
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize(("total", "count"), [(1, 1), (10, 10), (1000, 1), (1000, 400), (1000, 501), (1000, 999)])
+def test_draw_has_no_repeats_and_stays_in_range(total: int, count: int) -> None:
+    numbers = draw(total, count, 0)
+    assert numbers.dtype == torch.int64 and len(numbers) == count
+    assert bool((numbers.diff() > 0).all()) and int(numbers[0]) >= 0 and int(numbers[-1]) < total
+
+
+def test_draw_depends_on_the_seed_alone() -> None:
+    torch.manual_seed(5)
+    first = draw(85_054_464, 36_864, 7)
+    torch.manual_seed(6)
+    assert torch.equal(first, draw(85_054_464, 36_864, 7))
+    assert not torch.equal(first, draw(85_054_464, 36_864, 8))
+    assert draw(1000, 5, 0).tolist() == [87, 120, 455, 619, 891]  # the same on every machine and release
+
+
+@pytest.mark.parametrize("count", [3, 8])
+def test_draw_is_uniform(count: int) -> None:
+    """Over 4,000 seeds each of 10 numbers comes up count/10 of the time, within 4.5 standard deviations."""
+    hits = torch.zeros(10)
+    for seed in range(4000):
+        hits[draw(10, count, seed)] += 1
+    p = count / 10
+    assert float((hits / 4000 - p).abs().max()) < 4.5 * (p * (1 - p) / 4000) ** 0.5
+
+
+def test_budget_fraction_and_seed(small_bert) -> None:
+    model = small_bert()
+    report = tune(model, "random")
+    assert report.count == tune(model, "layernorm").count == 128
+    assert report.trainable == 128 + 34
+    pool = sum(p.numel() for n, p in model.named_parameters() if n.startswith(BLOCKS))
+    assert tune(model, "random", budget=77).count == 77
+    assert tune(model, "random", fraction=0.25).count == round(0.25 * pool)
+    assert tune(model, "random", fraction=1).count == pool == sum(int(m.sum()) for m in masks(model).values())
+    report = tune(model, "random", layers=[1])
+    assert report.count == 64 and report.per_layer == (0, 64)
+    assert all(n.startswith(BLOCKS + "1.") and n.endswith("_sampled") for n in report.names)
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == {*report.names, *report.head_names}
+    picks = []
+    for seed in (1, 1, 2):
+        tune(model, "random", seed=seed)
+        picks.append({n: m.nonzero().tolist() for n, m in masks(model).items()})
+    assert picks[0] == picks[1] != picks[2]
+
+
+OPTIMIZERS = {
+    "adamw": lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.5),
+    "adamw-foreach": lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.5, foreach=True),
+    "sgd-momentum": lambda p: torch.optim.SGD(p, lr=1e-1, momentum=0.9, weight_decay=0.1),
+    "adagrad": lambda p: torch.optim.Adagrad(p, lr=1e-2, weight_decay=0.1),
+    "all-parameters": lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.5),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_only_the_sampled_scalars_train(small_bert, batch, name: str) -> None:
+    model = small_bert()
+    before = weights(model)
+    report = tune(model, "random", budget=300, seed=4)
+    where = masks(model)
+    given = [p for p in model.parameters() if p.requires_grad or name == "all-parameters"]
+    optimizer = OPTIMIZERS[name](given)
+    fit(model, optimizer, batch)
+    after = weights(model)
+    assert after.keys() == before.keys()
+    assert sum(int(m.sum()) for m in where.values()) == 300
+    for n, old in before.items():
+        if n.startswith("classifier"):
+            assert not torch.equal(after[n], old)
+            continue
+        changed = after[n] != old
+        assert torch.equal(changed, where.get(n, torch.zeros_like(changed))), n
+    sizes = sorted(p.numel() for p in optimizer.state)
+    assert sum(sizes) == report.trainable == 334
+
+
+def test_training_equals_masked_training(small_bert, batch) -> None:
+    """SGD on the samples is SGD on the whole weights with all other gradients set to zero."""
+    model, twin = small_bert(), small_bert()
+    tune(model, "random", budget=300)
+    tune(twin, "full")
+    where = masks(model)
+    names = {*where, "classifier.weight", "classifier.bias"}
+    for n, p in twin.named_parameters():
+        p.requires_grad_(n in names)
+        if n in where:
+            p.register_hook(lambda g, m=where[n]: g * m)
+    for m in (model, twin):
+        fit(m, torch.optim.SGD([p for p in m.parameters() if p.requires_grad], lr=0.1, momentum=0.9), batch, 5)
+    got, wanted = weights(model), weights(twin)
+    for n in wanted:
+        torch.testing.assert_close(got[n], wanted[n], rtol=0, atol=0, msg=n)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_gradients_are_gathered_from_the_full_ones(name: str) -> None:
+    """In every family, so that no family reads a weight where the samples cannot reach."""
+    torch.manual_seed(0)
+    model = build(name, "cpu").double().eval()
+    if name == "vit":
+        inputs = {"pixel_values": torch.randn(2, 3, 8, 8, dtype=torch.float64)}
+    else:
+        ids = torch.randint(5, SHAPE["vocab_size"], (2, 6))
+        ids[:, -1] = model.config.eos_token_id
+        inputs = {"input_ids": ids}
+
+    def run() -> dict[str, Tensor]:
+        model.zero_grad()
+        model(**inputs).logits.pow(2).sum().backward()
+        return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+    tune(model, "full")
+    full = run()
+    logits = model(**inputs).logits
+    tune(model, "random", fraction=0.3, train_head=False)
+    assert torch.equal(model(**inputs).logits, logits)
+    got = run()
+    where = masks(model)
+    assert where and {n for n, p in model.named_parameters() if p.requires_grad} == {n + "_sampled" for n in where}
+    for n, mask in where.items():
+        if n in full:  # T5's decoder and Phi's padding aside, every weight takes part
+            torch.testing.assert_close(got[n + "_sampled"], full[n][mask], msg=n)
+        else:
+            assert n + "_sampled" not in got
+    assert len(got) > 0.8 * len(where)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing(small_bert, batch, reentrant: bool) -> None:
+    model = small_bert().train()
+    tune(model, "random", fraction=0.3)
+    wanted = gradients(model, batch)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    got = gradients(model, batch)
+    assert got.keys() == wanted.keys() and any(n.endswith("_sampled") for n in got)
+    for n in wanted:
+        assert torch.equal(got[n], wanted[n]), n
+    assert all(isinstance(p, nn.Parameter) for m in model.modules() for p in m._parameters.values() if p is not None)
+
+
+def test_two_forwards_before_one_backward(small_bert, batch) -> None:
+    model = small_bert().eval()
+    tune(model, "random", fraction=0.3)
+    once = gradients(model, batch)
+    model.zero_grad()
+    (model(**batch).loss + model(**batch).loss).backward()
+    for n, p in model.named_parameters():
+        if p.grad is not None:
+            torch.testing.assert_close(p.grad, 2 * once[n])
+
+
+def test_a_step_between_forward_and_backward_raises(small_bert, batch) -> None:
+    model = small_bert()
+    tune(model, "random", fraction=0.3)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    model(**batch).loss.backward()
+    loss = model(**batch).loss
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_state_dict_has_the_old_keys_and_the_trained_values(small_bert, batch) -> None:
+    model = small_bert()
+    keys = list(model.state_dict())
+    tune(model, "random", fraction=0.3)
+    fit(model, torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5), batch, 1)
+    values = dict(model.named_parameters())
+    state = model.state_dict()  # no forward since the step
+    assert list(state) == keys
+    where = masks(model)
+    for n, mask in where.items():
+        assert torch.equal(state[n][mask], values[n + "_sampled"])
+    assert any(not torch.equal(state[n], small_bert().state_dict()[n]) for n in where)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_state_dict_loads_both_ways(small_bert, batch, assign: bool) -> None:
+    model = small_bert()
+    tune(model, "random", fraction=0.3)
+    fit(model, torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5), batch, 2)
+    plain = small_bert(initializer_range=0.1).eval()
+    plain.load_state_dict(copy.deepcopy(model.state_dict()), strict=True, assign=assign)
+    assert torch.equal(plain(**batch).logits, model(**batch).logits)
+
+    other = small_bert(initializer_range=0.05)
+    model.load_state_dict(other.state_dict(), strict=True, assign=assign)
+    values, state = dict(model.named_parameters()), other.state_dict()
+    for n, mask in masks(model).items():
+        assert torch.equal(values[n + "_sampled"], state[n][mask])
+        assert values[n + "_sampled"].requires_grad and not values[n].requires_grad
+    assert torch.equal(model.eval()(**batch).logits, other.eval()(**batch).logits)
+
+
+def test_partial_and_wrong_state_dicts(small_bert) -> None:
+    model = small_bert()
+    tune(model, "random", fraction=0.3)
+    before = weights(model)
+    result = model.load_state_dict({"classifier.bias": torch.ones(2)}, strict=False)
+    assert set(result.missing_keys) == set(before) - {"classifier.bias"} and result.unexpected_keys == []
+    after = weights(model)
+    assert all(torch.equal(after[n], before[n]) for n in before if n != "classifier.bias")
+    with pytest.raises(RuntimeError, match="size mismatch for bert.encoder.layer.0.output.dense.weight"):
+        model.load_state_dict({**before, "bert.encoder.layer.0.output.dense.weight": torch.ones(3)})
+    with pytest.raises(RuntimeError, match="Missing key"):
+        model.load_state_dict({})
+
+
+def test_save_pretrained(small_bert, batch, tmp_path) -> None:
+    model = small_bert()
+    tune(model, "random", fraction=0.3)
+    fit(model, torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5), batch, 2)
+    model.save_pretrained(tmp_path)
+    loaded, info = BertForSequenceClassification.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert torch.equal(loaded.eval()(**batch).logits, model(**batch).logits)
+
+
+def _pickled(model: nn.Module) -> nn.Module:
+    return pickle.loads(pickle.dumps(model))
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, _pickled])
+def test_copies_are_whole_and_apart(small_bert, batch, clone) -> None:
+    model = small_bert()
+    tune(model, "random", fraction=0.3)
+    before = weights(model)
+    twin = clone(model)
+    assert torch.equal(twin.eval()(**batch).logits, model.eval()(**batch).logits)
+    fit(twin, torch.optim.SGD([p for p in twin.parameters() if p.requires_grad], lr=0.5), batch, 2)
+    assert all(torch.equal(v, before[n]) for n, v in weights(model).items())
+    assert any(not torch.equal(v, before[n]) for n, v in weights(twin).items() if n in masks(twin))
+    trained_weights = weights(twin)
+    tune(twin, "layernorm")
+    assert machinery(twin) == [] and machinery(model) != []
+    assert all(torch.equal(v, trained_weights[n]) for n, v in weights(twin).items())
+    gradients(model, batch)
+    assert any(n.endswith("_sampled") and p.grad is not None for n, p in model.named_parameters())
+
+
+def test_torch_save_of_the_whole_model(small_bert, batch, tmp_path) -> None:
+    model = small_bert().eval()
+    tune(model, "random", fraction=0.3)
+    torch.save(model, tmp_path / "model.pt")
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert torch.equal(loaded(**batch).logits, model(**batch).logits)
+    assert gradients(loaded, batch).keys() == gradients(model, batch).keys()
+
+
+@pytest.mark.parametrize("regime", ["full", "layernorm", "random", "frozen"])
+def test_another_regime_removes_everything(small_bert, batch, regime: str) -> None:
+    model = small_bert()
+    assert machinery(model) == []
+    names = [n for n, _ in model.named_parameters()]
+    tune(model, "random", budget=300, seed=1)
+    assert len(machinery(model)) > 0
+    fit(model, torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5), batch, 2)
+    state, logits = weights(model), model(**batch).logits
+    report = tune(model, regime)
+    assert report.total == sum(v.numel() for v in state.values())
+    assert all(torch.equal(v, state[n]) for n, v in weights(model).items())
+    assert torch.equal(model(**batch).logits, logits)
+    if regime == "random":
+        assert report.count == 128 == sum(int(m.sum()) for m in masks(model).values())
+        tune(model, "full")
+    assert machinery(model) == [] and [n for n, _ in model.named_parameters()] == names
+    assert all(p.requires_grad for p in model.parameters()) == (regime in ("full", "random"))
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_a_forward_that_raises(small_bert, batch, error: type) -> None:
+    """KeyboardInterrupt runs no hook of torch's: whatever looks at the model next puts it right."""
+    model = small_bert().eval()
+    tune(model, "random", fraction=0.3)
+    parameters, logits = dict(model.named_parameters()), model(**batch).logits
+    norm = model.bert.encoder.layer[1].output.LayerNorm
+    forward = norm.forward
+
+    def broken(*_: object) -> None:
+        raise error
+
+    norm.forward = broken
+    for look in (
+        lambda: model(**batch),
+        lambda: model.state_dict(),
+        lambda: model.load_state_dict(weights(model)),
+        lambda: tune(model, "random", fraction=0.3),
+    ):
+        norm.forward = broken
+        with pytest.raises(error):
+            model(**batch)
+        norm.forward = forward
+        if error is KeyboardInterrupt:
+            assert not isinstance(norm._parameters["weight"], nn.Parameter)
+            look()
+        now = dict(model.named_parameters())
+        assert all(now[n] is p for n, p in parameters.items() if not n.endswith("_sampled"))
+        assert torch.equal(model(**batch).logits, logits)
+
+
+def test_shared_weights_share_their_samples() -> None:
+    model = Plain().eval()
+    first, second = model.encoder.layers
+    second.linear1.weight = first.linear1.weight
+    x = torch.randn(3, 2, 16)
+
+    def run() -> None:
+        model.zero_grad()
+        model.out(model.encoder(x)).pow(2).sum().backward()
+
+    tune(model, "full")
+    run()
+    wanted = first.linear1.weight.grad.clone()
+    tune(model, "random", fraction=0.5)
+    assert first.linear1.weight_sampled is second.linear1.weight_sampled
+    run()
+    torch.testing.assert_close(first.linear1.weight_sampled.grad, wanted.take(first.linear1.weight_sampled_index))
+
+
+def test_multihead_attention_reads_out_proj_without_calling_it() -> None:
+    model = Plain()
+    x = torch.randn(3, 2, 16)
+    tune(model, "full")
+    for training in (True, False):
+        model.train(training)
+        for m in model.modules():
+            if isinstance(m, nn.Dropout):
+                m.p = 0.0
+        for layer in model.encoder.layers:
+            layer.self_attn.dropout = 0.0
+        tune(model, "full")
+        model.zero_grad()
+        model.out(model.encoder(x)).pow(2).sum().backward()
+        projections = [layer.self_attn.out_proj for layer in model.encoder.layers]
+        wanted = [p.weight.grad.clone() for p in projections]
+        tune(model, "random", fraction=0.5)
+        model.out(model.encoder(x)).pow(2).sum().backward()
+        for p, full in zip(projections, wanted, strict=True):
+            torch.testing.assert_close(p.weight_sampled.grad, full.take(p.weight_sampled_index))
+
+
+def test_eval_without_grad_sees_the_trained_values(small_bert, batch) -> None:
+    model = small_bert()
+    tune(model, "random", fraction=0.3)
+    fit(model, torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5), batch, 2)
+    plain = copy.deepcopy(model)
+    tune(plain, "full")
+    for context in (torch.no_grad, torch.inference_mode):
+        with context():
+            assert torch.equal(model(**batch).logits, plain(**batch).logits)
+    fit(model, torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5), batch, 1)
+
+
+def test_deterministic_algorithms_and_other_layouts(small_bert, batch) -> None:
+    model = small_bert()
+    dense = model.bert.encoder.layer[0].output.dense
+    dense.weight.data = dense.weight.data.t().contiguous().t()
+    before = weights(model)
+    tune(model, "random", fraction=0.3)
+    where = masks(model)
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        fit(model, torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5), batch, 3)
+    finally:
+        torch.use_deterministic_algorithms(True, warn_only=warn_only)
+    assert not dense.weight.is_contiguous()
+    name = "bert.encoder.layer.0.output.dense.weight"
+    assert torch.equal(model.state_dict()[name] != before[name], where[name])
+
+
+def test_dtype_moves_and_autocast(small_bert, batch) -> None:
+    model = small_bert().eval()
+    tune(model, "random", fraction=0.3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = model(**batch).loss
+    loss.backward()
+    assert all(p.grad.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
+    model.zero_grad()
+    model.to(torch.bfloat16)
+    got = gradients(model, batch)
+    assert all(g.dtype == torch.bfloat16 for g in got.values())
+    assert sum(n.endswith("_sampled") for n in got) == len(masks(model))
+
+
+def test_data_parallel_is_refused(small_bert, batch) -> None:
+    model = small_bert()
+    tune(model, "random")
+    for m in model.modules():
+        m._is_replica = True  # as nn.DataParallel marks its copies
+    with pytest.raises(RuntimeError, match="DistributedDataParallel"):
+        model(**batch)
+
+
+def test_meta_model_is_refused() -> None:
+    with pytest.raises(ValueError, match="meta device"):
+        tune(build("bert"), "random")
+
+
+def test_taken_name_is_refused(small_bert) -> None:
+    model = small_bert()
+    model.bert.encoder.layer[0].output.dense.weight_sampled = 1
+    tune(model, "ffn")
+    with pytest.raises(ValueError, match="bert.encoder.layer.0.output.dense.weight"):
+        tune(model, "random", fraction=1)
+    assert machinery(model) == [] and model.bert.encoder.layer[0].output.dense.weight.requires_grad
+
+
+def test_compiled_training_equals_eager_training(small_bert, batch) -> None:
+    models = [small_bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0) for _ in range(2)]
+    for model, run in zip(
+        models, (models[0], torch.compile(models[1], backend="aot_eager", fullgraph=True)), strict=True
+    ):
+        tune(model, "random", fraction=0.3)
+        fit(run, torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1), batch, 3)
+    eager, compiled = map(weights, models)
+    start = small_bert().state_dict()
+    for n, mask in masks(models[0]).items():
+        torch.testing.assert_close(compiled[n], eager[n], msg=n)
+        assert torch.equal(compiled[n] != start[n], mask), n

@@ -1,0 +1,154 @@
+"""Reading sentences, splitting without leaks, batching."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from petune_kernels.studies import data
+from petune_kernels.studies.cache import MOVIES
+from petune_kernels.studies.data import Batches, Sentences
+from petune_kernels.studies.errors import InputError
+from petune_kernels.studies.train import load_tokenizer
+
+
+def movies(folder: Path, content: bytes) -> Path:
+    (folder / MOVIES.members[0].target).write_bytes(content)
+    return folder
+
+
+def test_movie_scores_become_labels_by_sign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "MOVIE_ROWS", 4)
+    content = b"1\t2.25\tA caf\xe9, \x85 fine\r\n2\t-0.5\t Dull. \r\n3\t0.0\tneither\r\n4\t-3\tPoor"
+    found = data.read_movies(movies(tmp_path, content))
+    assert found.texts == ["A café, \x85 fine", "Dull.", "Poor"]  # no line break at \x85, zero scores left out
+    assert found.labels == [1, 0, 0] and found.names == ["negative", "positive"]
+    assert found.majority() == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"1\t2.5\tgood\r\n2\tx\tbad", "line 2: expected"),
+        (b"1\t2.5\r\n2\t1\tgood", "line 1: expected"),
+        (b"1\t2.5\tgood", "has 1 rows, expected 2"),
+    ],
+)
+def test_another_movie_file_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes, message: str
+) -> None:
+    monkeypatch.setattr(data, "MOVIE_ROWS", 2)
+    with pytest.raises(InputError, match=message):
+        data.read_movies(movies(tmp_path, content))
+
+
+def write(folder: Path, content: str | bytes) -> Path:
+    path = folder / "rows.csv"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def test_csv_with_quotes_words_and_a_byte_order_mark(tmp_path: Path) -> None:
+    path = write(tmp_path, '\ufeffid,text,label\n1,"good, really\nso",yes\n2,bad,no\n')
+    found = data.read_csv(path)
+    assert found == Sentences(["good, really\nso", "bad"], [1, 0], ["no", "yes"])
+
+
+def test_numeric_labels_are_ordered_by_value(tmp_path: Path) -> None:
+    found = data.read_csv(write(tmp_path, "text,label\na,10\nb,2\nc,-1\n"))
+    assert found.names == ["-1", "2", "10"] and found.labels == [2, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "is empty"),
+        ("text,label\n", "no rows"),
+        ("sentence,label\na,1\n", "no column 'text'; it has 'sentence', 'label'"),
+        ("text,score\na,1\n", "no column 'label'"),
+        ("text,label\na,1\nb,1\n", "one label only"),
+        ("text,label\na,1\nb,NaN\n", "line 3: the label is NaN"),
+        ("text,label\na,1\nb\n", "line 3: the label is missing"),
+        ("text,label\na,1\n ,0\n", "line 3: the text is empty"),
+        ("text,label\n" + "".join(f"a,{i}.5\n" for i in range(150)), "150 different labels"),
+        ('text,label\n"a,1\n', "not a CSV file"),
+        ("text,label\ncafé,1\n".encode("latin-1"), "not UTF-8"),
+    ],
+)
+def test_csv_errors_name_the_file_and_the_fault(tmp_path: Path, content: str | bytes, message: str) -> None:
+    with pytest.raises(InputError, match=message) as error:
+        data.read_csv(write(tmp_path, content))
+    assert "rows.csv" in str(error.value)
+
+
+def test_no_test_sentence_is_left_in_the_training_part() -> None:
+    texts = [f"Sentence  {i % 60}" if i % 2 else f"sentence {i % 60} " for i in range(200)]
+    whole = Sentences(texts, [i % 2 for i in range(200)], ["a", "b"])
+    parts = data.split(whole, test=20, seed=0)
+    keys = [{" ".join(t.lower().split()) for t in part.texts} for part in (parts.train, parts.test)]
+    assert not keys[0] & keys[1]
+    assert parts.dropped > 0 and len(parts.train) + len(parts.test) + parts.dropped == 200
+    assert len(parts.test) == 20
+
+
+def test_the_split_depends_on_the_seed_alone_and_keeps_a_fifth_at_most() -> None:
+    whole = Sentences([f"s{i}" for i in range(50)], [i % 2 for i in range(50)], ["a", "b"])
+    first, again, other = (data.split(whole, 1000, seed) for seed in (0, 0, 1))
+    assert first == again != other
+    assert len(first.test) == 10 and first.dropped == 0
+    assert sorted(first.train.texts + first.test.texts) == sorted(whole.texts)
+    assert all(int(text[1:]) % 2 == label for text, label in zip(first.train.texts, first.train.labels, strict=True))
+
+
+@pytest.mark.parametrize(("rows", "message"), [(4, "too few"), (6, "fewer than two labels")])
+def test_too_few_rows_cannot_be_split(rows: int, message: str) -> None:
+    whole = Sentences([f"s{i}" for i in range(rows)], [0] * rows, ["a", "b"])
+    with pytest.raises(InputError, match=message):
+        data.split(whole, 1000, 0)
+
+
+@pytest.fixture
+def sentences() -> Sentences:
+    return Sentences(["good " * (1 + i % 9) for i in range(40)], [i % 2 for i in range(40)], ["a", "b"])
+
+
+def batches(sentences: Sentences, model: Path, **options: Any) -> Batches:
+    return Batches(sentences, load_tokenizer(model), 8, 16, torch.device("cpu"), **options)
+
+
+def rows(batch: dict[str, torch.Tensor]) -> list[tuple[int, int]]:
+    """(words, label) of every sentence; [CLS] and [SEP] are not words."""
+    return list(zip((batch["attention_mask"].sum(1) - 2).tolist(), batch["labels"].tolist(), strict=True))
+
+
+def test_a_pass_gives_every_sentence_once(sentences: Sentences, tiny_model: Path) -> None:
+    expected = sorted((1 + i % 9, i % 2) for i in range(40))
+    found = batches(sentences, tiny_model)
+    assert sorted(row for batch in found.once() for row in rows(batch)) == expected
+    endless = found.shuffled(seed=3)
+    first_pass = [next(endless) for _ in range(found.per_epoch)]
+    assert sorted(row for batch in first_pass for row in rows(batch)) == expected
+
+
+def test_the_order_depends_on_the_seed_alone(sentences: Sentences, tiny_model: Path) -> None:
+    def order(seed: int) -> list[list[tuple[int, int]]]:
+        endless = batches(sentences, tiny_model).shuffled(seed)
+        return [rows(next(endless)) for _ in range(12)]
+
+    assert order(1) == order(1) != order(2)
+    assert order(1)[:5] != order(1)[5:10]  # reshuffled every pass
+
+
+def test_padding_to_the_longest_or_to_the_full_length(sentences: Sentences, tiny_model: Path) -> None:
+    longest = next(batches(sentences, tiny_model).shuffled(0))
+    assert longest["input_ids"].shape[1] == longest["attention_mask"].sum(1).max()
+    full = next(batches(sentences, tiny_model, pad_full=True).shuffled(0))
+    assert full["input_ids"].shape == (8, 16) and rows(full) == rows(longest)
+
+
+def test_a_batch_larger_than_the_data_is_refused(sentences: Sentences, tiny_model: Path) -> None:
+    with pytest.raises(InputError, match="--batch is 8, but there are only 3"):
+        batches(sentences.take([0, 1, 2]), tiny_model)

@@ -1,0 +1,141 @@
+"""Runs that can be compared, and the gate that compares them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import petune_kernels as pk
+from petune_kernels.studies import measure, train
+from petune_kernels.studies.errors import InputError
+
+CPU = torch.device("cpu")
+
+
+def batches(seed: int = 0, rows: int = 8, length: int = 12) -> Iterator[train.Batch]:
+    """Endless batches with padding, whose label is the parity of the first token."""
+    draw = torch.Generator().manual_seed(seed)
+    while True:
+        ids = torch.randint(5, 17, (rows, length), generator=draw)
+        mask = torch.arange(length) < torch.randint(3, length + 1, (rows, 1), generator=draw)
+        yield {"input_ids": ids * mask, "attention_mask": mask.long(), "labels": ids[:, 0] % 2}
+
+
+def pair(folder: Path, regime: str = "layernorm", dtype: torch.dtype = torch.float32, dropout: bool = True):
+    models = {name: train.load_model(folder, 2, 0, dtype, CPU, dropout) for name in ("stock", "patched")}
+    for model in models.values():
+        pk.tune(model, regime)
+    pk.patch(models["patched"])
+    return models
+
+
+@pytest.mark.parametrize("regime", ["layernorm", "bitfit", "full", "random"])
+def test_without_dropout_losses_are_equal_to_rounding_over_50_steps(tiny_model: Path, regime: str) -> None:
+    models = pair(tiny_model, regime, dropout=False)
+    runs = {name: train.Run(model, batches(), 50, 1e-3, seed=0) for name, model in models.items()}
+    measure.interleave({name: run.step for name, run in runs.items()}, 50)
+    stock, patched = runs["stock"].losses, runs["patched"].losses
+    assert len(stock) == 50 and len(set(stock)) > 40  # it trains on other batches every step
+    assert max(abs(a - b) for a, b in zip(stock, patched, strict=True)) < 1e-5
+
+
+def test_with_dropout_a_run_repeats_itself_whatever_runs_beside_it(tiny_model: Path) -> None:
+    def losses(beside: bool) -> list[float]:
+        models = pair(tiny_model)
+        runs = {n: train.Run(m, batches(), 6, 1e-3, 0) for n, m in models.items() if n == "patched" or beside}
+        measure.interleave({name: run.step for name, run in runs.items()}, 6)
+        return runs["patched"].losses
+
+    assert losses(beside=True) == losses(beside=False)
+
+
+def test_a_run_trains_what_the_regime_says_and_nothing_else(tiny_model: Path) -> None:
+    model = pair(tiny_model)["stock"]
+    before = copy.deepcopy(model.state_dict())
+    run = train.Run(model, batches(), 4, 1e-2, 0)
+    run.step()
+    changed = {name for name, value in model.state_dict().items() if not value.equal(before[name])}
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert changed == trained and any("LayerNorm" in name for name in trained)
+
+
+def test_bfloat16_keeps_what_is_below_its_resolution(tiny_model: Path) -> None:
+    model = pair(tiny_model, dtype=torch.bfloat16)["stock"]
+    norm = model.bert.encoder.layer[1].output.LayerNorm.weight
+    run = train.Run(model, batches(), 40, 1e-3, 0)
+    for _ in range(30):  # each step is below 2^-8, bfloat16's resolution at 1, where gamma starts
+        run.step()
+    assert norm.dtype == torch.bfloat16 and (norm - 1).abs().max() >= 2**-7
+
+
+def test_the_head_depends_on_the_seed_and_dropout_can_be_left_out(tiny_model: Path) -> None:
+    first, again, other = (train.load_model(tiny_model, 3, s, torch.float32, CPU, dropout=False) for s in (0, 0, 1))
+    assert first.classifier.weight.equal(again.classifier.weight)
+    assert not first.classifier.weight.equal(other.classifier.weight)
+    assert first.bert.pooler.dense.weight.equal(other.bert.pooler.dense.weight)
+    assert first.training and first.classifier.weight.shape == (3, 32)
+    rates = {m.p for m in first.modules() if isinstance(m, nn.Dropout)}
+    assert rates == {0.0}
+    with_dropout = train.load_model(tiny_model, 2, 0, torch.float32, CPU)
+    assert {m.p for m in with_dropout.modules() if isinstance(m, nn.Dropout)} == {0.1}
+
+
+def test_accuracy_counts_every_row_once_and_leaves_the_mode(tiny_model: Path) -> None:
+    model = pair(tiny_model)["stock"]
+    stream = batches()
+    some = [next(stream), next(batches(1, rows=3))]
+    with torch.no_grad():
+        right = sum(int((model.eval()(**b).logits.argmax(-1) == b["labels"]).sum()) for b in some)
+    model.train()
+    assert train.accuracy(model, iter(some)) == right / 11
+    assert model.training
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("regime", ["layernorm", "bitfit", "full", "frozen"])
+def test_the_gate_passes_the_patched_model(tiny_model: Path, regime: str, dtype: torch.dtype) -> None:
+    models = pair(tiny_model, regime, dtype)
+    found = train.deviations(models["stock"], models["patched"], next(batches()))
+    assert [row for row in found if not row.within] == []
+    gradients = {row.name.removeprefix("gradient of ") for row in found} - {"loss", "logits"}
+    assert gradients == {name for name, p in models["stock"].named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gate_sees_a_wrong_norm(tiny_model: Path, dtype: torch.dtype) -> None:
+    models = pair(tiny_model, "layernorm", dtype)
+    with torch.no_grad():
+        models["patched"].bert.encoder.layer[0].output.LayerNorm.bias[:8] += 0.5
+    found = train.deviations(models["stock"], models["patched"], next(batches()))
+    assert "logits" in {row.name for row in found if not row.within}
+
+
+def test_the_gate_sees_a_wrong_gradient_behind_right_logits(tiny_model: Path) -> None:
+    models = pair(tiny_model)
+    weight = models["patched"].bert.encoder.layer[0].output.LayerNorm.weight
+    weight.register_hook(lambda grad: grad * 1.001)
+    found = train.deviations(models["stock"], models["patched"], next(batches()))
+    assert [row.name for row in found if not row.within] == ["gradient of bert.encoder.layer.0.output.LayerNorm.weight"]
+
+
+def test_the_gate_sees_a_nan_and_a_missing_gradient(tiny_model: Path) -> None:
+    models = pair(tiny_model)
+    weight = models["patched"].bert.encoder.layer[0].output.LayerNorm.weight
+    hook = weight.register_hook(lambda grad: grad * float("nan"))
+    assert not all(row.within for row in train.deviations(models["stock"], models["patched"], next(batches())))
+    hook.remove()
+    weight.requires_grad_(False)
+    with pytest.raises(InputError, match="same gradients"):
+        train.deviations(models["stock"], models["patched"], next(batches()))
+
+
+def test_a_folder_without_model_or_tokenizer_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=f"--model {tmp_path}"):
+        train.load_model(tmp_path, 2, 0, torch.float32, CPU)
+    with pytest.raises(InputError, match="no tokenizer"):
+        train.load_tokenizer(tmp_path)
