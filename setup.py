@@ -91,7 +91,7 @@ class Build(build_ext):
             "PETUNE_CUDA_ARCHS": ";".join(arch for arch, _ in archs),
         }
         includes = [f"-isystem{p}" for p in [pybind11.get_include(), *include_paths(), sysconfig.get_path("include")]]
-        cxx = [*FLAGS, "-std=c++20", "-Wall", "-Wno-psabi", *includes]
+        cxx = [*FLAGS, "-std=c++20", "-Wall", "-Wno-psabi", "-Wno-maybe-uninitialized", *includes]
         report = " ".join(f"-D{key}='\"{value}\"'" for key, value in facts.items())
         libraries = [*(f"-L{p}" for p in library_paths()), "-ltorch_cpu", "-ltorch", "-lc10"]
         lines = [
@@ -102,7 +102,7 @@ class Build(build_ext):
             home = Path(self.nvcc).resolve().parent.parent
             codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a, _ in archs]
             codes += [f"-gencode=arch=compute_{a},code=compute_{a}" for a, ptx in archs if ptx]
-            options = f"-O3 -std=c++17 -lineinfo -Xcompiler -fPIC,-fvisibility=hidden {' '.join(codes)}"
+            options = f"-O3 -std=c++17 -lineinfo --threads 2 -Xcompiler -fPIC,-fvisibility=hidden {' '.join(codes)}"
             lines += [
                 f"rule cuda\n  command = {self.nvcc} {options} -MD -MF $out.d -c $in -o $out",
                 "  depfile = $out.d",

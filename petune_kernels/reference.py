@@ -161,32 +161,31 @@ def dropout(x, seed, p):
     return _drop(_wide(x), seed, p).to(x.dtype)
 
 
-def _probabilities(q, k, mask, scale, causal):
-    """Scores [B, h, S, K] under the mask; a row with nothing to look at gets probability 0 and lse -inf."""
+def _softmax(q, k, mask, scale, causal):
+    """Probabilities [B, h, S, K] under the mask, and their logsumexp; a row that sees nothing has zeros and -inf."""
     scores = _wide(q) @ _wide(k).transpose(-1, -2) * scale
     if mask is not None:
         scores = scores + _wide(mask)
     if causal:
         S, K = scores.shape[-2:]
         scores = scores.masked_fill(torch.ones(S, K, dtype=torch.bool, device=q.device).triu(1 + K - S), -torch.inf)
-    return scores
+    lse = torch.logsumexp(scores, -1)
+    # softmax, not exp(scores - lse): where all is masked by the dtype's minimum, lse rounds and would lose log K
+    return torch.where(lse[..., None] == -torch.inf, 0.0, torch.softmax(scores, -1)), lse
 
 
 def attention(q, k, v, mask, seed, p, scale, causal):
-    scores = _probabilities(q, k, mask, scale, causal)
-    lse = torch.logsumexp(scores, -1)
-    prob = torch.where(lse[..., None] == -torch.inf, 0.0, torch.exp(scores - lse[..., None]))
+    prob, lse = _softmax(q, k, mask, scale, causal)
     o = (_drop(prob, seed, p) @ _wide(v)).to(q.dtype)
     return o.transpose(1, 2).contiguous().transpose(1, 2), lse
 
 
 def attention_backward(do, q, k, v, mask, o, lse, seed, p, scale, causal):
-    scores = _probabilities(q, k, mask, scale, causal)
-    prob = torch.where(lse[..., None] == -torch.inf, 0.0, torch.exp(scores - lse[..., None]))
+    prob, _ = _softmax(q, k, mask, scale, causal)
     wide_do = _wide(do)
     dv = _drop(prob, seed, p).transpose(-1, -2) @ wide_do
     dprob = _drop(wide_do @ _wide(v).transpose(-1, -2), seed, p)
-    delta = (wide_do * _wide(o)).sum(-1, keepdim=True)
+    delta = (prob * dprob).sum(-1, keepdim=True)  # equals (do * o).sum(-1), without o's rounding
     dscores = prob * (dprob - delta) * scale
     dq, dk = dscores @ _wide(k), dscores.transpose(-1, -2) @ _wide(q)
     return tuple(
@@ -202,13 +201,14 @@ def _by_replica(x: torch.Tensor, groups: int) -> torch.Tensor:
 def lora_linear(x, w, bias, a, b, bias_b, seed, p, scale, merged):
     T, ys, xas = x.shape[0], [], []
     for i, w_i in enumerate(w):
-        y, xa = _wide(x) @ _wide(w_i).T + _rows(bias[i], T), _nothing(x)
+        N, xa = w_i.shape[0], _nothing(x)
+        y = _wide(x) @ _wide(w_i).T + _rows(bias[i], T)
         if a[i] is not None:
             G = 1 if a[i].dim() == 2 else a[i].shape[0]
             wide_xa = _by_replica(_drop(_wide(x), seed[i], p[i]), G) @ _by_replica(a[i], G).mT
-            update = (wide_xa @ _by_replica(b[i], G).mT).reshape(T, -1) + _rows(bias_b[i], T)
+            update = (wide_xa @ _by_replica(b[i], G).mT).reshape(T, N) + _rows(bias_b[i], T)
             y = y + scale[i] * update
-            xa = _nothing(x) if merged else wide_xa.reshape(T, -1).to(a[i].dtype)
+            xa = _nothing(x) if merged else wide_xa.reshape(T, a[i].shape[-2]).to(a[i].dtype)
         ys.append(y.to(x.dtype))
         xas.append(xa)
     return ys, xas

@@ -1,11 +1,14 @@
 // attention on the CPU: one (batch, head) at a time, kTileRows query rows at a time, everything in fp32 scratch that
-// stays in the second-level cache. A tile holds whole rows of scores, so softmax needs no running rescaling, and
-// backward finds the same maximum, sum and dropout mask again by the same steps. It also sums
-// delta = sum_j dropped(P)_j dP_j from that row instead of dO . O, which costs nothing and is not rounded to bf16; so it
-// reads neither O nor the logsumexp. The derivation is in petune_kernels/ops/attention.py.
+// stays in the second-level cache (bf16 pairs where the processor multiplies those, below). A tile holds whole rows of
+// scores, so softmax needs no running rescaling, and backward finds the same maximum, sum and dropout mask again by the
+// same steps. It also sums delta = sum_j dropped(P)_j dP_j from that row instead of dO . O, which costs nothing and is
+// not rounded to bf16; so it reads neither O nor the logsumexp. The derivation is in petune_kernels/ops/attention.py.
 //
 // Each row is computed by one thread, d_k and d_v of a head too, tile after tile: results do not depend on the number
 // of threads. flops: 4 B h S K D forward, 10 backward; an exponential and, with dropout, a random word per score.
+#include <initializer_list>
+#include <utility>
+
 #define PETUNE_FILE "attention.cpp"
 #include "foreach_isa.h"
 
@@ -15,83 +18,106 @@
 
 namespace petune::cpu::PETUNE_ISA {
 
-// One register of the instruction set: accumulators in the compiler's wider vectors would go through memory.
+// The block of accumulators that fits the registers of the instruction set.
 #if PETUNE_LEVEL == 2
-constexpr int kRegister = 16, kBlockRows = 8, kBlockRegisters = 4;
+constexpr int kBlockRows = 8, kBlockRegisters = 4;
 #elif PETUNE_LEVEL == 1
-constexpr int kRegister = 8, kBlockRows = 4, kBlockRegisters = 2;
+constexpr int kBlockRows = 4, kBlockRegisters = 2;
 #else
-constexpr int kRegister = 4, kBlockRows = 2, kBlockRegisters = 4;
+constexpr int kBlockRows = 2, kBlockRegisters = 4;
 #endif
-typedef float f32xr __attribute__((vector_size(4 * kRegister)));
+
+// bf16 inputs stay bf16 where the processor multiplies them (vdpbf16ps, twice the fp32 rate): an element of a matrix is
+// then a pair, two neighbours along the depth of the product in the 32 bits of a float. Weights and their slopes are
+// rounded to bf16 for it, as eager rounds them. Written in assembly because the instruction is beyond the pass's
+// target.
+#undef PETUNE_PAIRS
+#if PETUNE_LEVEL == 2 && !defined(__clang__)
+#define PETUNE_PAIRS 1
+#else
+#define PETUNE_PAIRS 0
+#endif
+
+template <bool pairs>
+PETUNE_INLINE void multiply_add(f32v& total, float left, f32v right) {
+#if PETUNE_PAIRS
+  if constexpr (pairs) {
+    asm("vdpbf16ps %2, %1, %0" : "+v"(total) : "v"(right), "v"(_mm512_set1_ps(left)));
+    return;
+  }
+#endif
+  total += left * right;
+}
 
 // c [R, V registers] = or += a [R, depth] b [depth, V registers]
-template <int R, int V>
+template <bool pairs, int R, int V>
 PETUNE_INLINE void block(const float* a, int64_t a_row, int64_t a_column, const float* b, int64_t b_row, float* c,
                          int64_t c_row, int64_t depth, bool add) {
-  f32xr total[R][V];
+  f32v total[R][V];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) {
       if (add)
-        std::memcpy(&total[r][v], c + r * c_row + v * kRegister, sizeof(f32xr));
+        std::memcpy(&total[r][v], c + r * c_row + v * kLanes, sizeof(f32v));
       else
-        total[r][v] = f32xr{};
+        total[r][v] = f32v{};
     }
   for (int64_t d = 0; d < depth; ++d) {
-    f32xr right[V];
+    f32v right[V];
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) std::memcpy(&right[v], b + d * b_row + v * kRegister, sizeof(f32xr));
+    for (int v = 0; v < V; ++v) std::memcpy(&right[v], b + d * b_row + v * kLanes, sizeof(f32v));
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       const float left = a[r * a_row + d * a_column];
 #pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) total[r][v] += left * right[v];
+      for (int v = 0; v < V; ++v) multiply_add<pairs>(total[r][v], left, right[v]);
     }
   }
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) std::memcpy(c + r * c_row + v * kRegister, &total[r][v], sizeof(f32xr));
+    for (int v = 0; v < V; ++v) std::memcpy(c + r * c_row + v * kLanes, &total[r][v], sizeof(f32v));
 }
 
-template <int R, int V>
+template <bool pairs, int R, int V>
 inline void rows_of_blocks(const float* a, int64_t a_row, int64_t a_column, const float* b, int64_t b_row, float* c,
                            int64_t c_row, int64_t M, int64_t depth, bool add) {
   int64_t m = 0;
   for (; m + R <= M; m += R)
-    block<R, V>(a + m * a_row, a_row, a_column, b, b_row, c + m * c_row, c_row, depth, add);
+    block<pairs, R, V>(a + m * a_row, a_row, a_column, b, b_row, c + m * c_row, c_row, depth, add);
   if constexpr (R > 1)
     if (m < M)
-      rows_of_blocks<R / 2, V>(a + m * a_row, a_row, a_column, b, b_row, c + m * c_row, c_row, M - m, depth, add);
+      rows_of_blocks<pairs, R / 2, V>(a + m * a_row, a_row, a_column, b, b_row, c + m * c_row, c_row, M - m, depth,
+                                      add);
 }
 
 // c [M, N] = or += a [M, depth] b [depth, N]; a's element (m, d) stands at m * a_row + d * a_column, so that a may be
-// read transposed. N is a multiple of 16. Columns outside, so that a panel of b stays in the first-level cache.
-inline void matmul(const float* a, int64_t a_row, int64_t a_column, const float* b, int64_t b_row, float* c,
-                   int64_t c_row, int64_t M, int64_t N, int64_t depth, bool add) {
-  constexpr int kWide = kBlockRegisters * kRegister;
+// read transposed. N is a multiple of kLanes. Columns outside, so that a panel of b stays in the first-level cache.
+template <bool pairs>
+void matmul(const float* a, int64_t a_row, int64_t a_column, const float* b, int64_t b_row, float* c, int64_t c_row,
+            int64_t M, int64_t N, int64_t depth, bool add) {
+  constexpr int kWide = kBlockRegisters * kLanes;
+  // eight rows of four AVX-512 registers would spill
+  constexpr int kWideRows = PETUNE_LEVEL == 2 ? kBlockRows / 2 : kBlockRows;
   int64_t n = 0;
-  if constexpr (kWide > kLanes) {
-    // eight rows of four AVX-512 registers would spill
-    for (; n + kWide <= N; n += kWide)
-      rows_of_blocks<kBlockRows / 2, kBlockRegisters>(a, a_row, a_column, b + n, b_row, c + n, c_row, M, depth, add);
-    for (; n + kWide / 2 <= N; n += kWide / 2)
-      rows_of_blocks<kBlockRows, kBlockRegisters / 2>(a, a_row, a_column, b + n, b_row, c + n, c_row, M, depth, add);
-  }
+  for (; n + kWide <= N; n += kWide)
+    rows_of_blocks<pairs, kWideRows, kBlockRegisters>(a, a_row, a_column, b + n, b_row, c + n, c_row, M, depth, add);
+  for (; n + kWide / 2 <= N; n += kWide / 2)
+    rows_of_blocks<pairs, kBlockRows, kBlockRegisters / 2>(a, a_row, a_column, b + n, b_row, c + n, c_row, M, depth,
+                                                           add);
   for (; n < N; n += kLanes)
-    rows_of_blocks<kBlockRows, kLanes / kRegister>(a, a_row, a_column, b + n, b_row, c + n, c_row, M, depth, add);
+    rows_of_blocks<pairs, kBlockRows, 1>(a, a_row, a_column, b + n, b_row, c + n, c_row, M, depth, add);
 }
 
 // Aligned fp32 scratch, cut into pieces.
 class Scratch {
  public:
-  explicit Scratch(int64_t floats) : memory_(new float[floats + kLanes]) {
+  explicit Scratch(int64_t floats) : memory_(new float[floats + 16]) {
     const auto address = reinterpret_cast<uintptr_t>(memory_.get());
     next_ = memory_.get() + (64 - address % 64) % 64 / sizeof(float);
   }
-  float* take(int64_t floats) {  // a multiple of 16
+  float* take(int64_t floats) {  // a multiple of kLanes
     float* piece = next_;
     next_ += floats;
     return piece;
@@ -111,16 +137,17 @@ void widen(const X* from, int64_t stride, int64_t n, int64_t D, float* to, int64
     for_vectors(D, [&](int64_t i, auto lanes) { store(to + t * to_row + i, load(from + t * stride + i, lanes)); });
 }
 
-// Exchanges the off-diagonal w x w blocks of every 2w x 2w block; with w = 8, 4, 2, 1 in turn, a 16 x 16 transpose.
+// Exchanges the off-diagonal w x w blocks of every 2w x 2w block; from w = kLanes / 2 down to 1, it transposes.
 template <int w, size_t... lane>
-PETUNE_INLINE void exchange(f32x16* v, std::index_sequence<lane...>) {
+PETUNE_INLINE void exchange(f32v* v, std::index_sequence<lane...> lanes) {
 #pragma GCC unroll 16
   for (int i = 0; i < kLanes; ++i) {
     if (i & w) continue;
-    const f32x16 a = v[i], b = v[i + w];
+    const f32v a = v[i], b = v[i + w];
     v[i] = __builtin_shufflevector(a, b, (lane & w ? lane - w + kLanes : lane)...);
     v[i + w] = __builtin_shufflevector(a, b, (lane & w ? lane + kLanes : lane + w)...);
   }
+  if constexpr (w > 1) exchange<w / 2>(v, lanes);
 }
 
 // Rows [n, D] of X as fp32 columns: to [D, whole_vectors(n)], zero past n.
@@ -129,14 +156,89 @@ void widen_transposed(const X* from, int64_t stride, int64_t n, int64_t D, float
   constexpr auto lanes = std::make_index_sequence<kLanes>{};
   for (int64_t t = 0; t < n; t += kLanes)
     for_vectors(D, [&](int64_t i, auto width) {
-      f32x16 v[kLanes];
-      for (int r = 0; r < kLanes; ++r) v[r] = t + r < n ? load(from + (t + r) * stride + i, width) : f32x16{};
-      exchange<8>(v, lanes);
-      exchange<4>(v, lanes);
-      exchange<2>(v, lanes);
-      exchange<1>(v, lanes);
+      f32v v[kLanes];
+      for (int r = 0; r < kLanes; ++r) v[r] = t + r < n ? load(from + (t + r) * stride + i, width) : f32v{};
+      exchange<kLanes / 2>(v, lanes);
       for (int r = 0; r < width; ++r) store(to + (i + r) * to_row + t, v[r]);
     });
+}
+
+// How a matrix of inputs becomes an operand: fp32, or pairs.
+// Depth along D: rows [n, depth(D)], and the same transposed.
+template <bool pairs, class X>
+void operand_rows(const X* from, int64_t stride, int64_t n, int64_t D, float* to, int64_t to_row) {
+  if constexpr (pairs)
+    widen(reinterpret_cast<const float*>(from), stride / 2, n, D / 2, to, to_row);
+  else
+    widen(from, stride, n, D, to, to_row);
+}
+
+template <bool pairs, class X>
+void operand_columns(const X* from, int64_t stride, int64_t n, int64_t D, float* to, int64_t to_row) {
+  if constexpr (pairs)
+    widen_transposed(reinterpret_cast<const float*>(from), stride / 2, n, D / 2, to, to_row);
+  else
+    widen_transposed(from, stride, n, D, to, to_row);
+}
+
+#if PETUNE_PAIRS
+PETUNE_INLINE u16v round_to_bf16(f32v v) {
+  u16v bits;
+  asm("vcvtneps2bf16 %1, %0" : "=v"(bits) : "v"(v));
+  return bits;
+}
+
+PETUNE_INLINE f32v pair(u16v first, u16v second) {
+  return (f32v)(__builtin_convertvector(first, u32v) | (__builtin_convertvector(second, u32v) << 16));
+}
+#endif
+
+// Depth along the rows: [depth(n), D]. A missing partner of the last row is zero.
+template <bool pairs, class X>
+void operand_depth(const X* from, int64_t stride, int64_t n, int64_t D, float* to, int64_t to_row) {
+#if PETUNE_PAIRS
+  if constexpr (pairs) {
+    for (int64_t t = 0; t < n; t += 2, to += to_row)
+      for_vectors(D, [&](int64_t i, auto lanes) {
+        const X* row = from + t * stride + i;
+        const f32v second = t + 1 < n ? load(row + stride, lanes) : f32v{};
+        store(to + i, (f32v)((u32v)load(row, lanes) >> 16 | (u32v)second));  // a bf16 is a float's upper half
+      });
+    return;
+  }
+#endif
+  widen(from, stride, n, D, to, to_row);
+}
+
+template <bool pairs>
+constexpr int64_t depth(int64_t n) {
+  return pairs ? (n + 1) / 2 : n;
+}
+
+// A row of fp32 weights as an operand with depth along it.
+template <bool pairs>
+void weights_along(const float* from, int64_t n, float* to) {
+#if PETUNE_PAIRS
+  if constexpr (pairs)
+    for (int64_t i = 0; i < n; i += kLanes) {
+      const u16v bits = round_to_bf16(load(from + i));
+      std::memcpy(to + i / 2, &bits, sizeof bits);
+    }
+#endif
+}
+
+// Rows of fp32 weights as an operand with depth along the rows, in place: pair d stands in row 2 d.
+template <bool pairs>
+void weights_across(float* rows, int64_t row, int64_t count, int64_t n) {
+#if PETUNE_PAIRS
+  if constexpr (pairs)
+    for (int64_t r = 0; r < count; r += 2)
+      for (int64_t i = 0; i < n; i += kLanes) {
+        float* first = rows + r * row + i;
+        const u16v none = {};
+        store(first, pair(round_to_bf16(load(first)), r + 1 < count ? round_to_bf16(load(first + row)) : none));
+      }
+#endif
 }
 
 constexpr int64_t kTileRows = 32;
@@ -174,15 +276,13 @@ struct Head {
   }
 
   void read_mask(int64_t row) {
-    const X* from = static_cast<const X*>(a.mask) + b * a.mask_strides[0] + h * a.mask_strides[1] +
-                    row * a.mask_strides[2];
+    const X* from =
+        static_cast<const X*>(a.mask) + b * a.mask_strides[0] + h * a.mask_strides[1] + row * a.mask_strides[2];
     for_vectors(a.K, [&](int64_t i, auto lanes) { store(mask + i, load(from + i, lanes)); });
   }
 
   // Columns that `row` may look at.
-  int64_t visible(int64_t row) const {
-    return a.causal ? std::clamp<int64_t>(row + 1 + a.K - a.S, 0, a.K) : a.K;
-  }
+  int64_t visible(int64_t row) const { return a.causal ? std::clamp<int64_t>(row + 1 + a.K - a.S, 0, a.K) : a.K; }
 
   const float* keep(int64_t row) const {
     const int64_t first = ((b * a.h + h) * a.S + row) * a.K;
@@ -194,12 +294,12 @@ struct Head {
     if (a.mask && a.mask_strides[2] != 0) read_mask(row);
     const int64_t n = visible(row);
     const float scale = static_cast<float>(a.scale);
-    const f32x16 hidden = splat(-std::numeric_limits<float>::infinity());
-    f32x16 top = hidden;
+    const f32v hidden = splat(-std::numeric_limits<float>::infinity());
+    f32v top = hidden;
     for_vectors(n, [&](int64_t i, auto lanes) {
-      f32x16 v = load(s + i) * scale + load(mask + i);
+      f32v v = load(s + i) * scale + load(mask + i);
       if constexpr (!std::is_same_v<decltype(lanes), std::integral_constant<int, kLanes>>) {
-        const i32x16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+        const i32v lane = lane_numbers();
         v = PETUNE_ISA::select(lane < lanes, v, hidden);
       }
       store(s + i, v);
@@ -215,9 +315,9 @@ struct Head {
 
 // Exponentials of a row against its maximum; zero from the last vector it looks at to `width`.
 PETUNE_INLINE float exponentials(float* s, int64_t visible, int64_t width, float top) {
-  f32x16 total = {};
+  f32v total = {};
   for_vectors(visible, [&](int64_t i, auto) {
-    const f32x16 e = exp_nonpositive(load(s + i) - top);
+    const f32v e = exp_nonpositive(load(s + i) - top);
     total += e;
     store(s + i, e);
   });
@@ -228,7 +328,7 @@ PETUNE_INLINE float exponentials(float* s, int64_t visible, int64_t width, float
 // Units are pieces of kPieceRows query rows of one (batch, head), so that few heads still feed many threads.
 constexpr int64_t kPieceRows = 4 * kTileRows;
 
-template <class X>
+template <class X, bool pairs>
 void attention_pieces(const Attention& a, int64_t first, int64_t last) {
   const int64_t S = a.S, K = a.K, D = a.D, pieces = (S + kPieceRows - 1) / kPieceRows;
   const int64_t score_row = whole_vectors(K) + kLanes, head_row = whole_vectors(D);
@@ -242,15 +342,15 @@ void attention_pieces(const Attention& a, int64_t first, int64_t last) {
     if (piece / pieces != unit) {
       unit = piece / pieces;
       head.select(unit);
-      widen_transposed(head.at(a.k, a.k_strides), a.k_strides.s, K, D, k, score_row);
-      widen(head.at(a.v, a.v_strides), a.v_strides.s, K, D, v, head_row);
+      operand_columns<pairs>(head.at(a.k, a.k_strides), a.k_strides.s, K, D, k, score_row);
+      operand_depth<pairs>(head.at(a.v, a.v_strides), a.v_strides.s, K, D, v, head_row);
     }
     const int64_t begin = piece % pieces * kPieceRows, end = std::min(begin + kPieceRows, S);
     for (int64_t row = begin; row < end; row += kTileRows) {
       const int64_t rows = std::min(kTileRows, end - row), seen = head.visible(row + rows - 1);
       const int64_t columns = whole_vectors(seen);
-      widen(head.at(a.q, a.q_strides, row), a.q_strides.s, rows, D, q, head_row);
-      matmul(q, head_row, 1, k, score_row, s, score_row, rows, columns, D, false);
+      operand_rows<pairs>(head.at(a.q, a.q_strides, row), a.q_strides.s, rows, D, q, head_row);
+      matmul<pairs>(q, head_row, 1, k, score_row, s, score_row, rows, columns, depth<pairs>(D), false);
       for (int64_t r = 0; r < rows; ++r) {
         float* weights = s + r * score_row;
         const float top = head.scores(row + r, weights);
@@ -265,10 +365,12 @@ void attention_pieces(const Attention& a, int64_t first, int64_t last) {
         inverse[r] = 1.0f / total;
         lse = top + std::log(total);
         if (const float* keep = head.keep(row + r))
-          for_vectors(head.visible(row + r),
-                      [&](int64_t i, auto n) { store(weights + i, load(weights + i) * first_lanes(load(keep + i), n)); });
+          for_vectors(head.visible(row + r), [&](int64_t i, auto n) {
+            store(weights + i, load(weights + i) * first_lanes(load(keep + i), n));
+          });
+        weights_along<pairs>(weights, columns, weights);
       }
-      matmul(s, score_row, 1, v, head_row, o, head_row, rows, head_row, seen, false);
+      matmul<pairs>(s, score_row, 1, v, head_row, o, head_row, rows, head_row, depth<pairs>(seen), false);
       for (int64_t r = 0; r < rows; ++r) {
         X* out = const_cast<X*>(head.at(a.o, a.o_strides, row + r));
         for_vectors(D, [&](int64_t i, auto n) { store(out + i, load(o + r * head_row + i) * inverse[r], n); });
@@ -285,36 +387,46 @@ void narrow(const float* from, int64_t from_row, int64_t n, int64_t D, const X* 
     });
 }
 
-template <class X>
+template <class X, bool pairs>
 void attention_backward_heads(const AttentionBackward& args, int64_t first, int64_t last) {
   const Attention& a = args.forward;
   const int64_t S = a.S, K = a.K, D = a.D;
   const int64_t score_row = whole_vectors(K) + kLanes, head_row = whole_vectors(D);
   const float scale = static_cast<float>(a.scale);
   Scratch scratch(Head<X>::scratch_floats(a) + 2 * D * score_row + 3 * K * head_row +
-                  kTileRows * (2 * score_row + 3 * head_row));
+                  kTileRows * (3 * score_row + 5 * head_row));
   Head<X> head(a, scratch);
   float *k = scratch.take(K * head_row), *k_columns = scratch.take(D * score_row),
         *v_columns = scratch.take(D * score_row), *dk = scratch.take(K * head_row), *dv = scratch.take(K * head_row),
         *q = scratch.take(kTileRows * head_row), *d_o = scratch.take(kTileRows * head_row),
         *dq = scratch.take(kTileRows * head_row), *s = scratch.take(kTileRows * score_row),
         *ds = scratch.take(kTileRows * score_row);
+  // the same matrices with the depth of another product: fp32 has one form for all, pairs need a second
+  float *q_depth = pairs ? scratch.take(kTileRows * head_row) : q,
+        *do_depth = pairs ? scratch.take(kTileRows * head_row) : d_o,
+        *ds_along = pairs ? scratch.take(kTileRows * score_row) : ds;
+  const int64_t across = pairs ? 2 * score_row : score_row;
   const bool want_scores = args.dq || args.dk;
   for (int64_t unit = first; unit < last; ++unit) {
     head.select(unit);
     const X* keys = head.at(a.k, a.k_strides);
-    widen_transposed(keys, a.k_strides.s, K, D, k_columns, score_row);
-    if (want_scores) widen_transposed(head.at(a.v, a.v_strides), a.v_strides.s, K, D, v_columns, score_row);
-    if (args.dq) widen(keys, a.k_strides.s, K, D, k, head_row);
+    operand_columns<pairs>(keys, a.k_strides.s, K, D, k_columns, score_row);
+    if (want_scores) operand_columns<pairs>(head.at(a.v, a.v_strides), a.v_strides.s, K, D, v_columns, score_row);
+    if (args.dq) operand_depth<pairs>(keys, a.k_strides.s, K, D, k, head_row);
     std::fill(dk, dk + K * head_row, 0.0f);
     std::fill(dv, dv + K * head_row, 0.0f);
     for (int64_t row = 0; row < S; row += kTileRows) {
       const int64_t rows = std::min(kTileRows, S - row), seen = head.visible(row + rows - 1);
       const int64_t columns = whole_vectors(seen);
-      widen(head.at(a.q, a.q_strides, row), a.q_strides.s, rows, D, q, head_row);
-      widen(head.at(args.d_o, args.do_strides, row), args.do_strides.s, rows, D, d_o, head_row);
-      matmul(q, head_row, 1, k_columns, score_row, s, score_row, rows, columns, D, false);
-      if (want_scores) matmul(d_o, head_row, 1, v_columns, score_row, ds, score_row, rows, columns, D, false);
+      operand_rows<pairs>(head.at(a.q, a.q_strides, row), a.q_strides.s, rows, D, q, head_row);
+      operand_rows<pairs>(head.at(args.d_o, args.do_strides, row), args.do_strides.s, rows, D, d_o, head_row);
+      if constexpr (pairs) {
+        operand_depth<pairs>(head.at(a.q, a.q_strides, row), a.q_strides.s, rows, D, q_depth, head_row);
+        operand_depth<pairs>(head.at(args.d_o, args.do_strides, row), args.do_strides.s, rows, D, do_depth, head_row);
+      }
+      matmul<pairs>(q, head_row, 1, k_columns, score_row, s, score_row, rows, columns, depth<pairs>(D), false);
+      if (want_scores)
+        matmul<pairs>(d_o, head_row, 1, v_columns, score_row, ds, score_row, rows, columns, depth<pairs>(D), false);
       for (int64_t r = 0; r < rows; ++r) {
         float *weights = s + r * score_row, *slopes = ds + r * score_row;
         const float top = head.scores(row + r, weights);
@@ -326,25 +438,30 @@ void attention_backward_heads(const AttentionBackward& args, int64_t first, int6
         const int64_t n = head.visible(row + r);
         const float inverse = 1.0f / exponentials(weights, n, columns, top);
         const float* keep = head.keep(row + r);
-        f32x16 product = {};
+        f32v product = {};
         if (want_scores)
           for_vectors(n, [&](int64_t i, auto lanes) {
-            f32x16 d = load(slopes + i);
+            f32v d = load(slopes + i);
             if (keep) store(slopes + i, d *= first_lanes(load(keep + i), lanes));
             product += load(weights + i) * d;
           });
         const float delta = sum(product) * inverse;
         for_vectors(n, [&](int64_t i, auto lanes) {
-          const f32x16 p = load(weights + i) * inverse;
+          const f32v p = load(weights + i) * inverse;
           if (want_scores) store(slopes + i, p * ((load(slopes + i) - delta) * scale));
           store(weights + i, keep ? p * first_lanes(load(keep + i), lanes) : p);
         });
         std::fill(slopes + whole_vectors(n), slopes + columns, 0.0f);
       }
-      if (args.dv) matmul(s, 1, score_row, d_o, head_row, dv, head_row, seen, head_row, rows, true);
-      if (args.dk) matmul(ds, 1, score_row, q, head_row, dk, head_row, seen, head_row, rows, true);
+      if (args.dq)
+        for (int64_t r = 0; r < rows; ++r) weights_along<pairs>(ds + r * score_row, columns, ds_along + r * score_row);
+      weights_across<pairs>(s, score_row, rows, columns);
+      weights_across<pairs>(ds, score_row, rows, columns);
+      const int64_t d = depth<pairs>(rows);
+      if (args.dv) matmul<pairs>(s, 1, across, do_depth, head_row, dv, head_row, seen, head_row, d, true);
+      if (args.dk) matmul<pairs>(ds, 1, across, q_depth, head_row, dk, head_row, seen, head_row, d, true);
       if (args.dq) {
-        matmul(ds, score_row, 1, k, head_row, dq, head_row, rows, head_row, seen, false);
+        matmul<pairs>(ds_along, score_row, 1, k, head_row, dq, head_row, rows, head_row, depth<pairs>(seen), false);
         narrow(dq, head_row, rows, D, head.at(args.dq, args.dq_strides, row), args.dq_strides.s);
       }
     }
@@ -353,17 +470,34 @@ void attention_backward_heads(const AttentionBackward& args, int64_t first, int6
   }
 }
 
+// Pairs need an even D and even row strides (rows are read 32 bits at a time) and the instructions.
+inline bool takes_pairs(const Attention& a, std::initializer_list<Strides> strides) {
+#if PETUNE_PAIRS
+  static const bool have = __builtin_cpu_supports("avx512bf16");
+  return have && a.dtype == DType::bf16 && a.D % 2 == 0 &&
+         std::all_of(strides.begin(), strides.end(), [](const Strides& s) { return s.s % 2 == 0; });
+#else
+  return false;
+#endif
+}
+
 inline void attention_forward(const Attention& a) {
   const int64_t pieces = a.B * a.h * ((a.S + kPieceRows - 1) / kPieceRows);
+  const bool pairs = takes_pairs(a, {a.q_strides, a.k_strides, a.v_strides});
   parallel(pieces, 1, [&](int64_t begin, int64_t end) {
-    a.dtype == DType::bf16 ? attention_pieces<bf16>(a, begin, end) : attention_pieces<float>(a, begin, end);
+    pairs                   ? attention_pieces<bf16, PETUNE_PAIRS>(a, begin, end)
+    : a.dtype == DType::f32 ? attention_pieces<float, false>(a, begin, end)
+                            : attention_pieces<bf16, false>(a, begin, end);
   });
 }
 
-inline void attention_backward_all(const AttentionBackward& a) {
-  parallel(a.forward.B * a.forward.h, 1, [&](int64_t begin, int64_t end) {
-    a.forward.dtype == DType::bf16 ? attention_backward_heads<bf16>(a, begin, end)
-                                   : attention_backward_heads<float>(a, begin, end);
+inline void attention_backward_all(const AttentionBackward& b) {
+  const Attention& a = b.forward;
+  const bool pairs = takes_pairs(a, {a.q_strides, a.k_strides, a.v_strides, b.do_strides});
+  parallel(a.B * a.h, 1, [&](int64_t begin, int64_t end) {
+    pairs                   ? attention_backward_heads<bf16, PETUNE_PAIRS>(b, begin, end)
+    : a.dtype == DType::f32 ? attention_backward_heads<float, false>(b, begin, end)
+                            : attention_backward_heads<bf16, false>(b, begin, end);
   });
 }
 

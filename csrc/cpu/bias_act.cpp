@@ -10,22 +10,22 @@
 namespace petune::cpu::PETUNE_ISA {
 
 struct ValueAndSlope {
-  f32x16 value, slope;
+  f32v value, slope;
 };
 
 // act(v) and act'(v); the compiler drops the half that is not used.
 template <Act act>
-PETUNE_INLINE ValueAndSlope activate(f32x16 v) {
+PETUNE_INLINE ValueAndSlope activate(f32v v) {
   if constexpr (act == Act::gelu) {
     const Normal n = normal(v);
     return {v * n.cdf, n.cdf + v * n.density};
   } else if constexpr (act == Act::gelu_tanh) {  // (1 + tanh w) / 2 = logistic(2w)
-    const f32x16 k = splat(1.59576912f), square = v * v;
+    const f32v k = splat(1.59576912f), square = v * v;
     const Logistic s = logistic(k * v * (1.0f + 0.044715f * square));
     return {v * s.value, s.value + v * s.value * s.complement * k * (1.0f + 0.134145f * square)};
   } else if constexpr (act == Act::relu) {
-    const i32x16 off = v <= 0.0f;  // NaN passes
-    return {select(off, f32x16{}, v), select(off, f32x16{}, splat(1.0f))};
+    const i32v off = v <= 0.0f;  // NaN passes
+    return {select(off, f32v{}, v), select(off, f32v{}, splat(1.0f))};
   } else {
     const Logistic s = logistic(v);
     return {v * s.value, s.value + v * s.value * s.complement};
@@ -61,7 +61,7 @@ void bias_act_rows(const BiasAct& a, int64_t begin, int64_t end) {
     const X* gate = a.gate ? static_cast<const X*>(a.gate) + t * N : nullptr;
     X* h = static_cast<X*>(a.h) + t * N;
     for_vectors(N, [&](int64_t i, auto n) {
-      f32x16 v = load(u + i, n);
+      f32v v = load(u + i, n);
       if (a.bias) v += load(bias.get() + i);
       v = activate<act>(v).value;
       if (gate) v *= load(gate + i, n);
@@ -83,13 +83,13 @@ void bias_act_backward_rows(const BiasActBackward& a, int64_t replica, int64_t b
     const X* u = static_cast<const X*>(a.u) + t * N;
     const X* gate = a.gate ? static_cast<const X*>(a.gate) + t * N : nullptr;
     for_vectors(N, [&](int64_t i, auto n) {
-      f32x16 v = load(u + i, n);
+      f32v v = load(u + i, n);
       if (a.bias) v += load(bias + i);
       const ValueAndSlope f = activate<act>(v);
-      const f32x16 d = load(dh + i, n);
+      const f32v d = load(dh + i, n);
       if (a.dgate) store(static_cast<X*>(a.dgate) + t * N + i, d * f.value, n);
       if (a.du || a.dbias) {
-        const f32x16 du = (gate ? d * load(gate + i, n) : d) * f.slope;
+        const f32v du = (gate ? d * load(gate + i, n) : d) * f.slope;
         if (a.du) store(static_cast<X*>(a.du) + t * N + i, du, n);
         if (a.dbias) store(dbias + i, load(dbias + i) + du);
       }
@@ -125,7 +125,7 @@ inline void bias_act_backward(const BiasActBackward& a) {
   const auto row = scratch(1, a.N);
   for (int64_t replica = 0; replica < a.G; ++replica) {
     for_vectors(a.N, [&](int64_t i, auto n) {
-      f32x16 total = {};
+      f32v total = {};
       for (int64_t chunk = 0; chunk < chunks.per_replica; ++chunk)
         total += load(partial + (replica * chunks.per_replica + chunk) * a.N + i, n);
       store(row.get() + i, total);

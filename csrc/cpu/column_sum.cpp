@@ -17,7 +17,7 @@ void sum_rows(const ColumnSum& a, int64_t begin, int64_t end, float* sums) {
   for (; t + 8 <= end; t += 8) {
     const X* row = x + t * N;
     for_vectors(N, [&](int64_t i, auto n) {
-      f32x16 v[8];
+      f32v v[8];
       for (int r = 0; r < 8; ++r) v[r] = load(row + r * N + i, n);
       for (int width = 4; width >= 1; width /= 2)
         for (int r = 0; r < width; ++r) v[r] += v[r + width];
@@ -41,7 +41,7 @@ inline void column_sum_all(const ColumnSum& a) {
   });
   for (int64_t replica = 0; replica < a.G; ++replica)
     for_vectors(a.N, [&](int64_t i, auto n) {
-      f32x16 total = {};
+      f32v total = {};
       for (int64_t chunk = 0; chunk < chunks.per_replica; ++chunk)
         total += load(partial + (replica * chunks.per_replica + chunk) * a.N + i, n);
       store(a.out + replica * a.N + i, total, n);

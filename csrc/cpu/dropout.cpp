@@ -21,8 +21,8 @@ void dropout_runs(const Dropout& a, int64_t first_run, int64_t last_run) {
     X* y = static_cast<X*>(a.y) + group * per_seed + first;
     const float* keep = dropper.multipliers(a.seed[group], first, n, buffer.get());
     for_vectors(n, [&](int64_t i, auto lanes) {
-      const f32x16 multiplier = load(keep + i);  // a dropped inf or NaN is 0, not NaN
-      store(y + i, select(multiplier > 0.0f, load(x + i, lanes) * multiplier, f32x16{}), lanes);
+      const f32v multiplier = load(keep + i);  // a dropped inf or NaN is 0, not NaN
+      store(y + i, select(multiplier > 0.0f, load(x + i, lanes) * multiplier, f32v{}), lanes);
     });
   }
 }

@@ -9,8 +9,9 @@
 //   #else
 //   ... the dispatching function, which calls PETUNE_DISPATCH(kernel)(args) ...
 //   #endif
-// Every function of a pass lives in that pass's namespace, so no two instruction sets share one symbol. Standard
-// headers are included here, before any target pragma.
+// PETUNE_LEVEL is 2, 1, 0 for avx512, avx2, baseline: g++ does not define __AVX512F__ and the like under a target
+// pragma. Every function of a pass lives in that pass's namespace, so no two instruction sets share one symbol.
+// Standard headers are included here, before any target pragma.
 #ifndef PETUNE_ISA
 
 #include <algorithm>
@@ -21,6 +22,7 @@
 #include <limits>
 #include <memory>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "../common/ops.h"
@@ -32,6 +34,7 @@
 #include <immintrin.h>
 
 #define PETUNE_ISA avx512
+#define PETUNE_LEVEL 2
 #ifdef __clang__
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi2"))), \
                              apply_to = function)
@@ -46,8 +49,10 @@
 #pragma GCC pop_options
 #endif
 #undef PETUNE_ISA
+#undef PETUNE_LEVEL
 
 #define PETUNE_ISA avx2
+#define PETUNE_LEVEL 1
 #ifdef __clang__
 #pragma clang attribute push(__attribute__((target("avx2,fma,bmi2"))), apply_to = function)
 #else
@@ -61,11 +66,14 @@
 #pragma GCC pop_options
 #endif
 #undef PETUNE_ISA
+#undef PETUNE_LEVEL
 #endif  // PETUNE_X86
 
 #define PETUNE_ISA baseline
+#define PETUNE_LEVEL 0
 #include PETUNE_FILE
 #undef PETUNE_ISA
+#undef PETUNE_LEVEL
 
 #if PETUNE_X86
 #define PETUNE_DISPATCH(kernel)                                                       \

@@ -28,9 +28,9 @@ void forward_rows(const ResidualNorm& a, int64_t begin, int64_t end) {
     const X* residual = a.residual ? static_cast<const X*>(a.residual) + t * H : nullptr;
     const float* keep =
         a.seed ? dropper.multipliers(a.seed[t / seed_rows], (t % seed_rows) * H, H, multipliers) : nullptr;
-    f32x16 total = {};
+    f32v total = {};
     for_vectors(H, [&](int64_t i, auto n) {
-      f32x16 v = load(x + i, n);
+      f32v v = load(x + i, n);
       if (a.bias) v += load(bias + i);
       if (keep) v *= load(keep + i);
       if (residual) v += load(residual + i, n);
@@ -38,16 +38,16 @@ void forward_rows(const ResidualNorm& a, int64_t begin, int64_t end) {
       total += v;
       store(z + i, v);
     });
-    const f32x16 mean = splat(a.rms ? 0.0f : sum(total) / H);
-    f32x16 squares = {};
+    const f32v mean = splat(a.rms ? 0.0f : sum(total) / H);
+    f32v squares = {};
     for_vectors(H, [&](int64_t i, auto n) {
-      const f32x16 centred = first_lanes(load(z + i) - mean, n);
+      const f32v centred = first_lanes(load(z + i) - mean, n);
       squares += centred * centred;
     });
     const float rstd = 1.0f / std::sqrt(sum(squares) / H + static_cast<float>(a.eps));
     a.rstd[t] = rstd;
     for_vectors(H, [&](int64_t i, auto n) {
-      const f32x16 v = load(z + i), xhat = (v - mean) * rstd;
+      const f32v v = load(z + i), xhat = (v - mean) * rstd;
       store(static_cast<X*>(a.y) + t * H + i, xhat * load(gamma + i) + load(beta + i), n);
       if (a.z) store(static_cast<X*>(a.z) + t * H + i, v, n);
       if (a.xhat) store(static_cast<X*>(a.xhat) + t * H + i, xhat, n);
@@ -73,29 +73,29 @@ void backward_rows(const ResidualNormBackward& a, int64_t replica, int64_t begin
     const float rstd = a.rstd[t];
     if (want_input || a.dgamma) {
       const X* row = static_cast<const X*>(a.row) + t * H;
-      f32x16 total = {};
+      f32v total = {};
       if (a.row_kind == Row::z && !a.rms) for_vectors(H, [&](int64_t i, auto n) { total += load(row + i, n); });
-      const f32x16 mean = splat(sum(total) / H);
-      f32x16 sum_g = {}, sum_gx = {};
+      const f32v mean = splat(sum(total) / H);
+      f32v sum_g = {}, sum_gx = {};
       for_vectors(H, [&](int64_t i, auto n) {
-        f32x16 v = load(row + i, n);
+        f32v v = load(row + i, n);
         if (a.row_kind == Row::z) v = (v - mean) * rstd;
         if (a.row_kind == Row::y) v = (v - load(beta + i)) / load(gamma + i);
         v = first_lanes(v, n);  // lanes past H hold what gamma's scratch row happened to hold
-        const f32x16 dv = first_lanes(load(dy + i, n) * load(gamma + i), n);
+        const f32v dv = first_lanes(load(dy + i, n) * load(gamma + i), n);
         sum_g += dv;
         sum_gx += dv * v;
         store(xhat + i, v);
         store(g + i, dv);
       });
-      const f32x16 mean_g = splat(a.rms ? 0.0f : sum(sum_g) / H), mean_gx = splat(sum(sum_gx) / H);
+      const f32v mean_g = splat(a.rms ? 0.0f : sum(sum_g) / H), mean_gx = splat(sum(sum_gx) / H);
       if (want_input) {
         const X* dz = a.dz ? static_cast<const X*>(a.dz) + t * H : nullptr;
         const float* keep = a.seed && (a.dx || a.dbias)
                                 ? dropper.multipliers(a.seed[t / seed_rows], (t % seed_rows) * H, H, multipliers)
                                 : nullptr;
         for_vectors(H, [&](int64_t i, auto n) {
-          f32x16 d = (load(g + i) - mean_g - load(xhat + i) * mean_gx) * rstd;
+          f32v d = (load(g + i) - mean_g - load(xhat + i) * mean_gx) * rstd;
           if (dz) d += load(dz + i, n);
           if (a.dresidual) store(static_cast<X*>(a.dresidual) + t * H + i, d, n);
           if (keep) d *= load(keep + i);
@@ -121,7 +121,7 @@ inline void finish(const ResidualNormBackward& a, const RowChunks& chunks, const
     for (int64_t replica = 0; replica < a.G; ++replica) {
       const auto row = scratch(1, a.H);
       for_vectors(a.H, [&](int64_t i, auto n) {
-        f32x16 total = {};
+        f32v total = {};
         for (int64_t chunk = 0; chunk < chunks.per_replica; ++chunk)
           total += load(partial + ((replica * chunks.per_replica + chunk) * 3 + which) * a.H + i, n);
         store(row.get() + i, total);

@@ -5,7 +5,7 @@ namespace petune::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kInFlight = 4;  // chunks per thread
+constexpr int kInFlight = 2;  // chunks per thread: more would need registers that Philox takes
 
 // Chunks start at multiples of the chunk in e, so one Philox call masks four elements whatever n is.
 template <typename T, bool kVector>

@@ -157,7 +157,7 @@ def _is_hugging_face(module: nn.Module) -> bool:
 
 def _unwrap(module: nn.Module) -> nn.Module:
     """The module inside wrappers that hold it and nothing else (compiled, checkpointed, data-parallel)."""
-    while len(module._modules) == 1 and not module._parameters and not _is_hugging_face(module):
+    while len(module._modules) == 1 and not module._parameters:
         (child,) = module._modules.values()
         if child is None or isinstance(child, _CONTAINERS):
             break

@@ -197,8 +197,9 @@ def _download(package: Package, scratch: Path) -> Path:
     command += ["--no-deps", *kind, "--require-hashes", "-r", str(requirements), "-d", str(downloads)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, errors="replace")
     if done.returncode:
-        errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR:")] or done.stderr.splitlines()
-        raise StudyError(_help(package, errors[-1].strip() if errors else f"pip ended with {done.returncode}"))
+        said = done.stderr.splitlines() or [f"pip ended with {done.returncode}"]
+        errors = [line.removeprefix("ERROR:").strip() for line in said if line.startswith("ERROR:")]
+        raise StudyError(_help(package, (errors or said)[-1]))
     archives = list(downloads.iterdir())
     if len(archives) != 1:
         raise StudyError(_help(package, f"pip left {len(archives)} files instead of one"))

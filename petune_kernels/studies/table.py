@@ -73,13 +73,14 @@ def _facts(result: dict[str, Any]) -> list[Text]:
     patterns = ", ".join(f"{count} {name}" for name, count in coverage["by_pattern"].items())
     backends = ", ".join(f"{op} on {backend}" for op, backend in coverage["backends"].items())
     head = f" and the head ({trainable['head_count']:,})" if trainable["head_count"] else ""
+    dropped = f" ({task['dropped']} dropped: they stand in both)" if task["dropped"] else ""
     share = f"{trainable['count']:,} of {trainable['total']:,} parameters ({trainable['percent']:.4f} %)"
     covered, apart = len(coverage["patched"]), len(coverage["left_alone"])
     facts = {
         "coverage": f"{covered} modules patched ({patterns}), {apart} left alone",
         "backends": backends,
         "trainable": share + head,
-        "data": f"{task['train']:,} training and {task['test']:,} test sentences, labels {', '.join(task['labels'])}",
+        "data": f"{task['train']:,} training and {task['test']:,} test sentences{dropped}; {', '.join(task['labels'])}",
         "gate": f"logits, loss and gradients of both agree ({result['gate']['compared']} tensors against float64)",
     }
     return [Text.assemble((f"{name:<11}", "bold"), value) for name, value in facts.items()]

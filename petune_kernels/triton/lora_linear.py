@@ -32,7 +32,7 @@ from torch import Tensor
 from . import column_sum as columns
 from .common import arch, finish, keep_tile, nothing, processors, serve, threshold
 
-RANK_BLOCK = 64
+RANK_BLOCK = 32
 """Ranks handled at a time. A rank up to this can be computed inside the matmul."""
 
 
@@ -50,8 +50,8 @@ class Config:
 # Widest first. Chosen by resources (no spill, shared memory below each chip's limit); not measured.
 CONFIGS: dict[int, tuple[Config, ...]] = {
     80: (Config(128, 128, 32, 8, 4), Config(64, 128, 32, 4, 4), Config(64, 64, 32, 4, 4)),
-    90: (Config(128, 256, 64, 8, 3), Config(128, 128, 64, 8, 4), Config(64, 128, 64, 4, 4), Config(64, 64, 64, 4, 4)),
-    100: (Config(128, 256, 64, 8, 3), Config(128, 128, 64, 8, 4), Config(128, 64, 64, 4, 4), Config(64, 64, 64, 4, 4)),
+    90: (Config(128, 128, 64, 8, 4), Config(64, 128, 64, 4, 4), Config(64, 64, 64, 4, 4)),
+    100: (Config(128, 128, 64, 8, 4), Config(128, 64, 64, 4, 4), Config(64, 64, 64, 4, 4)),
 }
 
 TUNED: dict[tuple[int, int, int, int], Config] = {}
@@ -70,14 +70,14 @@ def configure(T: int, C: int, N: int, itemsize: int, device: torch.device) -> Co
     key = (C, N, triton.next_power_of_2(max(T, 1)), arch(device))
     if key in TUNED:
         return TUNED[key]
-    if (*key, itemsize) not in _chosen:
+    if key + (itemsize,) not in _chosen:
         options = candidates(device)
         wide = [c for c in options if triton.cdiv(T, c.rows) * triton.cdiv(N, c.cols) >= processors(device)]
         best = (wide or options[-1:])[0]
         if itemsize == 4:  # the same bytes a step; a float32 product has no room for the widest tile
             best = Config(min(best.rows, 64), min(best.cols, 64), 32, 4, 3)
-        _chosen[(*key, itemsize)] = best
-    return _chosen[(*key, itemsize)]
+        _chosen[key + (itemsize,)] = best
+    return _chosen[key + (itemsize,)]
 
 
 def tune(
@@ -165,6 +165,7 @@ def matmul_kernel(
     stored by the first column of programs; else it is read. lows[i] is None where there is no adapter.
     """
     tiles_n: tl.constexpr = (N + COLS - 1) // COLS
+    dtype: tl.constexpr = out.dtype.element_ty
     tiles_m = tl.cdiv(rows_per_group, ROWS)
     # eight row tiles share a stretch of W in L2
     pid, band = tl.program_id(0), 8 * tiles_n
@@ -177,40 +178,43 @@ def matmul_kernel(
     col = pid_n * COLS + tl.arange(0, COLS)[None, :]
     total = tl.zeros([ROWS, COLS], tl.float32)
     for i in tl.static_range(len(sources)):
-        C: tl.constexpr = widths[i]
-        R: tl.constexpr = ranks[i]
-        dtype: tl.constexpr = sources[i].dtype.element_ty
-        rank = tl.arange(0, RANK)
+        rank = tl.arange(0, RANK)[None, :]
         low = tl.zeros([ROWS, RANK], tl.float32)
-        for first in range(0, C, DEPTH):
+        for first in range(0, widths[i], DEPTH):
             step = first + tl.arange(0, DEPTH)
-            tile = tl.load(sources[i] + row * C + step[None, :], mask=here & (step[None, :] < C), other=0.0)
-            at = col.to(tl.int64) * C + step[:, None] if TRANSPOSED else step[:, None].to(tl.int64) * N + col
-            weight = tl.load(weights[i] + at, mask=(step[:, None] < C) & (col < N), other=0.0)
+            near = step[None, :] < widths[i]
+            tile = tl.load(sources[i] + row * widths[i] + step[None, :], mask=here & near, other=0.0)
+            step = step[:, None]
+            at = col.to(tl.int64) * widths[i] + step if TRANSPOSED else step.to(tl.int64) * N + col
+            weight = tl.load(weights[i] + at, mask=(step < widths[i]) & (col < N), other=0.0)
             total = tl.dot(tile, weight, total, input_precision=PRECISION)
             if FUSED and lows[i] is not None:
-                at = rank[None, :] * C + step[:, None] if TRANSPOSED else step[:, None] * R + rank[None, :]
-                fits = (step[:, None] < C) & (rank[None, :] < R)
-                factor = tl.load(inners[i] + group * R * C + at, mask=fits, other=0.0)
-                low = tl.dot(tile, factor, low, input_precision=PRECISION)
+                inner_at = rank * widths[i] + step if TRANSPOSED else step * ranks[i] + rank
+                fits = (step < widths[i]) & (rank < ranks[i])
+                inner = tl.load(inners[i] + group * ranks[i] * widths[i] + inner_at, mask=fits, other=0.0)
+                low = tl.dot(tile, inner, low, input_precision=PRECISION)
         if lows[i] is not None:
             change = tl.zeros([ROWS, COLS], tl.float32)
-            for start in tl.static_range(0, R, RANK):
-                rank = start + tl.arange(0, RANK)
+            for start in tl.static_range(0, ranks[i], RANK):
+                along = start + tl.arange(0, RANK)[None, :]
+                low_at = lows[i] + row * ranks[i] + along
                 if FUSED:
                     low *= scales[i]
                     if pid_n == 0:
-                        tl.store(lows[i] + row * R + rank[None, :], low, mask=here & (rank[None, :] < R))
+                        tl.store(low_at, low, mask=here & (along < ranks[i]))
                 else:
-                    low = tl.load(lows[i] + row * R + rank[None, :], mask=here & (rank[None, :] < R), other=0.0)
-                at = col * R + rank[:, None] if TRANSPOSED else rank[:, None] * N + col
-                fits = (rank[:, None] < R) & (col < N)
-                factor = tl.load(outers[i] + group * R * N + at, mask=fits, other=0.0)
-                change = _split_dot(low, factor, change, dtype, TERMS, PRECISION)
+                    low = tl.load(low_at, mask=here & (along < ranks[i]), other=0.0).to(tl.float32)
+                down = start + tl.arange(0, RANK)[:, None]
+                outer_at = col * ranks[i] + down if TRANSPOSED else down * N + col
+                within_outer = (down < ranks[i]) & (col < N)
+                factor = tl.load(outers[i] + group * ranks[i] * N + outer_at, mask=within_outer, other=0.0)
+                if seeds[i] is None:  # straight into the result: no second tile of accumulators
+                    total = _split_dot(low * factors[i], factor, total, dtype, TERMS, PRECISION)
+                else:
+                    change = _split_dot(low * factors[i], factor, change, dtype, TERMS, PRECISION)
             if seeds[i] is not None:
                 key = tl.load(seeds[i] + row // rows_per_seed[i], mask=here, other=0)
-                change = _masked(change, key, limits[i], row % rows_per_seed[i], pid_n * COLS, N, COLS)
-            total += change * factors[i]
+                total += _masked(change, key, limits[i], row % rows_per_seed[i], pid_n * COLS, N, COLS)
     if bias is not None:
         total += tl.load(bias + group * stride_bias + col, mask=col < N, other=0.0).to(tl.float32)
     if bias_low is not None:
@@ -233,9 +237,9 @@ def outer_kernel(
     first = part * rows_per_program
     last = tl.minimum(first + rows_per_program, rows_per_group)
     rank = stretch * RANK + tl.arange(0, RANK)[None, :]
-    totals: Any = ()
+    totals = ()
     for _ in tl.static_range(len(lows)):
-        totals = totals + (tl.zeros([COLS, RANK], tl.float32),)
+        totals = totals + (tl.zeros([COLS, RANK], tl.float32),)  # type: ignore[assignment]
     total = tl.zeros([COLS], tl.float32)
     for at in range(first, last, ROWS):
         within = at + tl.arange(0, ROWS)
@@ -244,21 +248,23 @@ def outer_kernel(
         tile = tl.load(source + row * C + col[None, :], mask=here & (col[None, :] < C), other=0.0)
         if sums is not None:
             total += tl.sum(tile.to(tl.float32), 0)
-        updated: Any = ()
+        updated = ()
         for i in tl.static_range(len(lows)):
             kept = tile
             if seeds[i] is not None:
                 key = tl.load(seeds[i] + row // rows_per_seed[i], mask=here, other=0)
                 kept = _masked(tile, key, limits[i], row % rows_per_seed[i], tl.program_id(0) * COLS, C, COLS)
             low = tl.load(lows[i] + row * ranks[i] + rank, mask=here & (rank < ranks[i]), other=0.0)
-            updated = updated + (_split_dot(tl.trans(kept), low, totals[i], dtype, TERMS, PRECISION),)
+            product = _split_dot(tl.trans(kept), low, totals[i], dtype, TERMS, PRECISION)
+            updated = updated + (product,)  # type: ignore[assignment]
         totals = updated
     for i in tl.static_range(len(lows)):
         at = col[:, None] * ranks[i] + rank if TRANSPOSED else rank * C + col[:, None]
         fits = (col[:, None] < C) & (rank < ranks[i])
         tl.store(partials[i] + slot * ranks[i] * C + at, totals[i], mask=fits)
     if sums is not None:
-        tl.store(sums + slot * C + col, total, mask=(col < C) & (stretch == 0))
+        if stretch == 0:
+            tl.store(sums + slot * C + col, total, mask=col < C)
 
 
 def _precision() -> str:
@@ -300,15 +306,17 @@ def _matmul(
     T, N = out.shape
     ranks = tuple(0 if m is None else m.shape[1] for m in lows)
     config = configure(T, max(s.shape[1] for s in sources), N, out.element_size(), out.device)
+    if sum(s is not None for s in seeds) > 1:  # ptxas keeps what the masks share alive across the products
+        config = Config(min(config.rows, 64), min(config.cols, 64), config.depth, 4, config.stages)
     tiles = triton.cdiv(T // G, config.rows) * triton.cdiv(N, config.cols)
     mixed = any(m is not None and m.dtype != out.dtype for m in outers)
+    rank = 16 if mixed else _rank_block(*ranks)
     matmul_kernel[(tiles, G)](
         tuple(sources), tuple(weights), tuple(lows), tuple(inners), tuple(outers), tuple(seeds), bias, bias_low, out,
         T // G, tuple(T // _seeds(s) for s in seeds), tuple(threshold(q) for q in p), tuple(scales), tuple(factors),
         0 if bias is None or bias.dim() == 1 else N, bias_scale, widths=tuple(s.shape[1] for s in sources),
         ranks=ranks, N=N, TRANSPOSED=transposed, FUSED=fused, ROWS=config.rows, COLS=config.cols, DEPTH=config.depth,
-        RANK=_rank_block(*ranks), TERMS=2 if mixed else 1, PRECISION=_precision(), num_warps=config.warps,
-        num_stages=config.stages,
+        RANK=rank, TERMS=2 if mixed else 1, PRECISION=_precision(), num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
 
 
@@ -391,7 +399,9 @@ def _outer(
     """outs[i] = factors[i] * low_i^T @ (source where the mask keeps) per replica; sums = column sums of source."""
     T, C = source.shape
     rows, ranks = T // G, tuple(m.shape[1] for m in lows)
-    block, cols = _rank_block(*ranks), 64 if len(lows) > 1 or source.element_size() == 4 else 128
+    block, mixed = _rank_block(*ranks), any(m.dtype != source.dtype for m in lows)
+    plain = len(lows) == 1 and seeds[0] is None and source.element_size() == 2 and not (mixed and block > 16)
+    cols = 128 if plain else 64  # a mask, several products or split ones need the registers
     tiles, stretches = triton.cdiv(C, cols), triton.cdiv(max(ranks), block)
     # about two programs a processor; at least 256 rows each, so that the partials stay small beside the rows
     parts = max(1, min(triton.cdiv(rows, 256), 2 * processors(source.device) // (tiles * G * stretches)))
@@ -399,7 +409,6 @@ def _outer(
     parts = triton.cdiv(rows, per)
     partials = [source.new_empty([parts, G, m.shape[1], C], dtype=torch.float32) for m in lows]
     partial_sums = None if sums is None else source.new_empty([parts, G, C], dtype=torch.float32)
-    mixed = any(m.dtype != source.dtype for m in lows)
     outer_kernel[(tiles, parts, G * stretches)](
         source, tuple(lows), tuple(seeds), tuple(partials), partial_sums, rows, per,
         tuple(T // _seeds(s) for s in seeds), tuple(threshold(q) for q in p), G, ranks=ranks, C=C,

@@ -175,11 +175,16 @@ def residual_norm_backward(
         programs = max(1, min(triton.cdiv(T // G, 4 * rows), 2 * processors(dy.device) // G))
         make = dy.new_zeros if in_memory else dy.new_empty
         parts = [None if s is None else make([programs, G, H], dtype=torch.float32) for s in small]
-        backward_kernel[(programs, G)](
-            dy, dz, row, rstd, gamma, beta, seed, dresidual, dx, *parts, T // G,
-            T // (1 if seed is None else seed.numel()), threshold(p), 1.0 / (1.0 - p), H=H, BLOCK=block, ROWS=rows,
-            RMS=rms, KIND=row_kind, IN_MEMORY=in_memory, num_warps=warps,
-        )  # fmt: skip
+        passes = [(dresidual, dx, *parts)]
+        if block > 8192:  # one pass would not fit in registers
+            passes = [(dresidual, dx, parts[0], None, None), (None, None, None, *parts[1:])]
+        for outputs in passes:
+            if any(t is not None for t in outputs):
+                backward_kernel[(programs, G)](
+                    dy, dz, row, rstd, gamma, beta, seed, *outputs, T // G, T // (1 if seed is None else seed.numel()),
+                    threshold(p), 1.0 / (1.0 - p), H=H, BLOCK=block, ROWS=rows, RMS=rms, KIND=row_kind,
+                    IN_MEMORY=in_memory, num_warps=warps,
+                )  # fmt: skip
         for partial, out in zip(parts, small, strict=True):
             if partial is not None and out is not None:
                 finish(partial, out)

@@ -28,7 +28,7 @@ def compiler() -> str | None:
 
 
 def build(sources: list[Path], kernels: Path, sanitize: bool = False) -> Path:
-    """Compiles the sources, .cu files with `kernels` (csrc/cuda or a copy) on their path; returns the shared library."""
+    """Compiles the sources, .cu files with `kernels` (csrc/cuda or a copy) on their path, into a shared library."""
     cxx = compiler()
     if cxx is None:
         raise RuntimeError("no C++ compiler: set CXX or install g++ 11 or newer")

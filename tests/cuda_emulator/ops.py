@@ -1,4 +1,4 @@
-"""The CUDA backend's ops on torch CPU tensors, through the emulator: signatures and results as in petune_kernels.schema.
+"""The CUDA backend's ops on torch CPU tensors, through the emulator: signatures and results as in schema.py.
 
 Outputs start as NaN, so an element that a kernel forgets is seen.
 """
@@ -133,5 +133,6 @@ class Emulator:
 
     def dropout(self, x, seed, p):
         y = _new(x)
-        self._call("dropout", "Dropout", n=x.numel(), seeds=seed.numel(), dtype=DTYPES[x.dtype], x=x, seed=seed, p=p, y=y)
+        self._call("dropout", "Dropout", n=x.numel(), seeds=seed.numel(), dtype=DTYPES[x.dtype], x=x, seed=seed, p=p,
+                   y=y)  # fmt: skip
         return y

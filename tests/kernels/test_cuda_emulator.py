@@ -1,7 +1,10 @@
-"""The CUDA C++ kernels, run on the CPU by tests/cuda_emulator and compared with the reference in float64.
+r"""The CUDA C++ kernels, run on the CPU by tests/cuda_emulator and compared with the reference in float64.
 
-Under sanitizers: `PETUNE_SANITIZE=1 LD_PRELOAD=$(g++ -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0` before
-`pytest tests/kernels/test_cuda_emulator.py`.
+Under AddressSanitizer and UBSan (both libraries must be there before Python's own):
+
+    PETUNE_SANITIZE=1 ASAN_OPTIONS=detect_leaks=0 \
+    LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libstdc++.so)" \
+    python -m pytest tests/kernels/test_cuda_emulator.py
 """
 
 from __future__ import annotations
@@ -229,7 +232,8 @@ def test_bias_act(emulator, N):
         bias = None if bias_dtype is None else small(G, N, F32 if bias_dtype == "f32" else dtype)
         u, dh, gate = 2 * rand(9, N, dtype=dtype), rand(9, N, dtype=dtype), rand(9, N, dtype=dtype) if gated else None
         for act in ACTIVATIONS:
-            close(f"act {act}", emulator.bias_act(u, bias, gate, act), reference.bias_act(*double(u, bias, gate), act), dtype)
+            exact = reference.bias_act(*double(u, bias, gate), act)
+            close(f"act {act}", emulator.bias_act(u, bias, gate, act), exact, dtype)
             want = (True, bias is not None, gated)
             ours = emulator.bias_act_backward(dh, u, bias, gate, act, *want)
             exact = reference.bias_act_backward(*double(dh, u, bias, gate), act, *want)
@@ -259,8 +263,8 @@ def test_activations_at_extremes(emulator):
         torch.testing.assert_close(h, exact, equal_nan=True)
     # the slope's factors overflow and underflow, the slope does not
     for dtype, act in itertools.product((BF16, F16), ACTIVATIONS):
-        du = emulator.bias_act_backward(torch.ones(1, 6, dtype=dtype), u[:, :6].to(dtype), None, None, act, True, False, False)
-        assert du[0].isfinite().all()
+        dh, v = torch.ones(1, 6, dtype=dtype), u[:, :6].to(dtype)
+        assert emulator.bias_act_backward(dh, v, None, None, act, True, False, False)[0].isfinite().all()
 
 
 @pytest.mark.parametrize("N", (1, 7, 64, 100, 768, 2304))
@@ -460,5 +464,6 @@ def test_shared_memory_past_its_end_is_caught(stage):
 
 
 def test_everything_is_built() -> None:
-    """Each op of ops.h has its .cu file here."""
-    assert {p.stem for p in Path(build.CSRC / "cuda").glob("*.cu")} == {"residual_norm", "bias_act", "column_sum", "dropout"}
+    """Each op of ops.h has its .cu file."""
+    ops = {"residual_norm", "bias_act", "column_sum", "dropout"}
+    assert {p.stem for p in Path(build.CSRC / "cuda").glob("*.cu")} == ops

@@ -364,34 +364,85 @@ def test_cross_attention_of_gpt2() -> None:
     assert {n.split(".")[3] for n in tune(model, "layernorm-ffn").names} == {"ln_2"}
 
 
+class SelfAttention(nn.Module):
+    """Known by its name alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q = nn.Linear(8, 8)
+
+
+class Mixer(SelfAttention):
+    """Known by its heads alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.n_heads = 2
+
+
+class Rotary(nn.Module):
+    """Has heads and no parameters: no attention."""
+
+    head_dim: int
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head_dim = 4
+
+
+class ScaledLinear(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(8, 8)
+        self.gamma = nn.Parameter(torch.ones(8))
+
+
+CHILDREN = {"norm": lambda: nn.LayerNorm(8), "attn": SelfAttention, "mixer": Mixer, "rope": Rotary, "mlp": ScaledLinear}
+
+
+def model_of_blocks(*blocks: str) -> nn.Module:
+    """One block for each list of children; what a child is stands in its name, and dots put it into ModuleLists."""
+    model = nn.Module()
+    model.layers = nn.ModuleList()
+    for children in blocks:
+        model.layers.append(block := nn.Module())
+        for name in children.split():
+            kind = next(kind for kind in CHILDREN if kind in name)
+            child, (first, *rest) = CHILDREN[kind](), name.split(".")
+            if not rest:
+                block.add_module(name, child)
+            elif rest == ["0"]:
+                block.add_module(first, nn.ModuleList([child]))
+            else:
+                block.get_submodule(first).append(child)
+    return model
+
+
 @pytest.mark.parametrize(
     ("children", "attention", "ffn"),
-    [  # children of a block in order; a name ending in norm is a norm, one with attn or mixer an attention
+    [
         ("norm attn mlp", "norm", ""),
+        ("mixer mlp norm_1 norm_2", "norm_1", "norm_2"),
         ("attn mlp norm_1 norm_2 norm_3", "norm_1", "norm_2 norm_3"),
+        ("rope attn mlp norm_1 norm_2 norm_3", "norm_1", "norm_2 norm_3"),
         ("attn mlp in_norm out_norm norm_3 norm_4 norm_5", "in_norm out_norm", "norm_3 norm_4 norm_5"),
         ("op_norm ffn_norm post_op_norm post_ffn_norm attn mlp", "op_norm post_op_norm", "ffn_norm post_ffn_norm"),
         ("mixer attn mlp norm_1 norm_2", "norm_1", "norm_2"),
         ("norm_1 attn_1 norm_2 cross_attn norm_cross mlp", "norm_1 norm_cross", "norm_2"),
         ("attn attn_norm global_attn_norm last_norm mlp", "attn_norm global_attn_norm", "last_norm"),
+        ("attn.0 attn.1 mlp in_norm.0 in_norm.1 norm_2.0 norm_2.1", "in_norm.0 in_norm.1", "norm_2.0 norm_2.1"),
     ],
 )
 def test_deal_of_a_blocks_own_norms(children: str, attention: str, ffn: str) -> None:
-    block = nn.Module()
-    for name in children.split():
-        if "norm" in name:
-            block.add_module(name, nn.LayerNorm(8))
-        else:
-            block.add_module(name, nn.Linear(8, 8) if name == "mlp" else nn.MultiheadAttention(8, 2))
-    model = nn.Module()
-    model.layers = nn.ModuleList([block])
-    dealt = {
-        part: " ".join(
-            m.name.split(".")[2] for m in read(model).members if m.part == part and m.kind == "norm" and not m.is_bias
-        )
-        for part in ("attention", "ffn")
-    }
-    assert dealt == {"attention": attention, "ffn": ffn}
+    members = read(model_of_blocks(children)).members
+    for part, wanted in (("attention", attention), ("ffn", ffn)):
+        norms = [m.name for m in members if m.part == part and m.kind == "norm" and not m.is_bias]
+        assert " ".join(n.removeprefix("layers.0.").removesuffix(".weight") for n in norms) == wanted
+
+
+def test_a_scale_is_neither_linear_nor_norm() -> None:
+    model = model_of_blocks("norm_1 attn norm_2 mlp")
+    assert tune(model, "ffn").names == ("layers.0.mlp.weight", "layers.0.mlp.bias")
+    assert "layers.0.mlp.gamma" in tune(model, "full", layers=[0]).names
 
 
 def test_tied_head_is_not_head() -> None:
@@ -420,14 +471,19 @@ class Plain(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.embedding = nn.Embedding(50, 16)
-        self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32), 2, norm=nn.LayerNorm(16))
+        self.before = nn.Linear(16, 16)
+        self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32), 2, nn.LayerNorm(16), False)
         self.final_norm = nn.LayerNorm(16)
+        self.labels = nn.Embedding(3, 16)
+        self.pooler = nn.Linear(16, 16)
         self.out = nn.Linear(16, 3)
 
 
 def test_plain_torch() -> None:
     model = Plain()
-    assert tune(model, "attention").head_names == ("out.weight", "out.bias")
+    assert tune(model, "attention", train_pooler=True).head_names == ("out.weight", "out.bias")
+    assert {n.split(".")[0] for n in trained(model)} == {"encoder", "out", "pooler"}
+    assert tune(model, "attention").pooler == "frozen"
     inside = {n.split(".", 3)[3] for n in trained(model) if n.startswith("encoder.layers.1.")}
     assert inside == {f"self_attn.{n}" for n in ("in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias")}
     assert {n.split(".")[3] for n in tune(model, "ffn").names} == {"linear1", "linear2"}
@@ -478,22 +534,10 @@ def test_repeated_block_counts_once() -> None:
 
 def test_blocks_with_another_mixer() -> None:
     """A block without attention: its FFN and norms are known from its siblings, its mixer is neither."""
-
-    class Block(nn.Module):
-        def __init__(self, attention: bool) -> None:
-            super().__init__()
-            self.norm_1 = nn.LayerNorm(8)
-            if attention:
-                self.mixer = nn.MultiheadAttention(8, 2)
-            else:
-                self.conv = nn.Linear(8, 8)
-            self.norm_2 = nn.LayerNorm(8)
-            self.mlp = nn.Linear(8, 8)
-
-    model = nn.Module()
-    model.layers = nn.ModuleList([Block(True), Block(False)])
+    model = model_of_blocks("norm_1 attn norm_2 mlp", "norm_1 ssm_mlp norm_2 mlp ssm_norm")
     assert tune(model, "ffn", layers=[1]).names == ("layers.1.mlp.weight", "layers.1.mlp.bias")
     assert tune(model, "layernorm-ffn", layers=[1]).names == ("layers.1.norm_2.weight", "layers.1.norm_2.bias")
+    assert "layers.1.ssm_norm.weight" in tune(model, "layernorm", layers=[1]).names
     with pytest.raises(ValueError, match="matches nothing.*other linear"):
         tune(model, "attention", layers=[1])
-    assert {m.part for m in read(model).members if ".conv." in m.name} == {"other"}
+    assert {m.part for m in read(model).members if ".ssm" in m.name} == {"other"}

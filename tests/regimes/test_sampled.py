@@ -476,6 +476,7 @@ def test_taken_name_is_refused(small_bert) -> None:
     assert machinery(model) == [] and model.bert.encoder.layer[0].output.dense.weight.requires_grad
 
 
+@pytest.mark.slow
 def test_compiled_training_equals_eager_training(small_bert, batch) -> None:
     models = [small_bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0) for _ in range(2)]
     for model, run in zip(

@@ -73,10 +73,12 @@ def test_fetches_a_source_archive_without_running_its_code(
     assert not ran.exists()
     assert [path.name for path in empty_cache.iterdir()] == ["pkg"]  # no scratch left
 
-    archive.unlink()  # the second time nothing is fetched
-    assert cache.fetch(wanted, said.append) == folder and len(said) == 1
+    (folder / "scores.txt").write_bytes(TEXT[:-1])  # damaged: fetched again
+    assert (cache.fetch(wanted, said.append) / "scores.txt").read_bytes() == TEXT and len(said) == 2
 
-    (folder / "scores.txt").write_bytes(TEXT[:-1])  # damaged: fetched again, which now fails
+    archive.unlink()  # nothing is fetched where nothing is missing
+    assert cache.fetch(wanted, said.append) == folder and len(said) == 2
+    (folder / "scores.txt").unlink()
     with pytest.raises(StudyError, match="could not fetch pkg==1.0"):
         cache.fetch(wanted)
 

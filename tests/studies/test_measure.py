@@ -105,8 +105,15 @@ def fill_after_more(mebibytes: int) -> measure.Peak:
     return fill(mebibytes)
 
 
+def fill_what_was_freed(mebibytes: int) -> measure.Peak:
+    blocks = [bytes(16 * 1024) for _ in range(64 * mebibytes)]  # so small that glibc keeps their pages when freed
+    last = blocks.pop()
+    del blocks
+    return measure.peak_memory(lambda: [bytes(16 * 1024) for _ in range(64 * mebibytes)] and last)
+
+
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the high-water mark cannot be reset here")
-@pytest.mark.parametrize("run", [fill, fill_after_more])
+@pytest.mark.parametrize("run", [fill, fill_after_more, fill_what_was_freed])
 def test_peak_memory_of_a_fresh_process_is_what_the_call_fills(run: object) -> None:
     ballast = torch.ones(100 * MIB, dtype=torch.uint8)  # here, so not in the child
     peak = measure.fresh_process(run, 64)

@@ -54,6 +54,24 @@ def test_with_dropout_a_run_repeats_itself_whatever_runs_beside_it(tiny_model: P
     assert losses(beside=True) == losses(beside=False)
 
 
+def test_a_run_is_adamw_with_warm_up_and_decay(tiny_model: Path) -> None:
+    ours, plain = (train.load_model(tiny_model, 2, 0, torch.float32, CPU, dropout=False) for _ in range(2))
+    run, stream = train.Run(ours, batches(), 20, 1e-3, seed=0), batches()
+    optimizer = torch.optim.AdamW(plain.parameters())
+    expected = []
+    for rate in [0.5e-3, 1e-3, 1e-3, 17 / 18 * 1e-3, 16 / 18 * 1e-3]:  # two steps of warm-up, then down to 0 in 18
+        run.step()
+        optimizer.param_groups[0]["lr"] = rate
+        optimizer.zero_grad()
+        loss = plain(**next(stream)).loss
+        loss.backward()
+        optimizer.step()
+        expected.append(loss.item())
+    assert run.losses == pytest.approx(expected, rel=1e-6)
+    weights = zip(ours.parameters(), plain.parameters(), strict=True)
+    assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in weights)
+
+
 def test_a_run_trains_what_the_regime_says_and_nothing_else(tiny_model: Path) -> None:
     model = pair(tiny_model)["stock"]
     before = copy.deepcopy(model.state_dict())
