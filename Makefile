@@ -10,6 +10,10 @@ HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/
 # A torch that is there stays; else with a GPU the index's own build, without one the CPU build where pip can find it.
 TORCH  ?= $(if $(HAS_GPU),torch>=2.10,torch==2.13.0+cpu)
 TORCH_OTHERWISE ?= torch==2.13.0
+# Without a GPU the CUDA library can only be compiled here, not run: one architecture shows that it does, in a minute.
+ifeq ($(HAS_GPU),)
+export TORCH_CUDA_ARCH_LIST ?= 9.0
+endif
 
 .PHONY: install demo test test-slow gpu-test sanitize check format wheel doctor clean
 

@@ -48,9 +48,9 @@ def cuda_architectures(nvcc: str) -> list[tuple[str, bool]]:
     usable = [(arch, ptx) for arch, ptx in wanted if f"compute_{re.sub('[a-z]', '', arch)}\n" in known]
     if "TORCH_CUDA_ARCH_LIST" in os.environ and len(usable) < len(wanted):
         raise SystemExit(f"TORCH_CUDA_ARCH_LIST={asked}: this nvcc knows only {known.split()}")
-    if usable and not any(ptx for _, ptx in usable):
-        return usable
-    return [(arch, ptx or (arch, ptx) == usable[-1]) for arch, ptx in usable]
+    if "TORCH_CUDA_ARCH_LIST" not in os.environ and usable:
+        usable[-1] = (usable[-1][0], True)  # later GPUs run the newest PTX this nvcc can make
+    return usable
 
 
 class Build(build_ext):
@@ -71,7 +71,9 @@ class Build(build_ext):
 
     def get_ext_filename(self, fullname: str) -> str:
         # _cuda is no Python module: torch loads it as a plain library
-        return "petune_kernels/_cuda.so" if fullname.endswith("_cuda") else super().get_ext_filename(fullname)
+        if fullname.endswith("_cuda"):
+            return fullname.replace(".", "/") + ".so"
+        return super().get_ext_filename(fullname)
 
     def build_extension(self, ext: Extension) -> None:
         import pybind11
@@ -88,7 +90,7 @@ class Build(build_ext):
             "PETUNE_COMPILER": first_line.stdout.splitlines()[0],
             "PETUNE_TORCH": torch.__version__,
             "PETUNE_CUDA_VERSION": version,
-            "PETUNE_CUDA_ARCHS": ";".join(arch for arch, _ in archs),
+            "PETUNE_CUDA_ARCHS": ";".join(f"{a[:-1]}.{a[-1]}{'+PTX' * ptx}" for a, ptx in archs),
         }
         includes = [f"-isystem{p}" for p in [pybind11.get_include(), *include_paths(), sysconfig.get_path("include")]]
         cxx = [*FLAGS, "-std=c++20", "-Wall", "-Wno-psabi", "-Wno-maybe-uninitialized", *includes]

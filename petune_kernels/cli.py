@@ -99,7 +99,7 @@ def demo(
     dropout: Annotated[bool, typer.Option(help="Train with the model's dropout rates, or with none.")] = True,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate.", show_default="by regime")] = None,
     steps: Annotated[
-        int | None, typer.Option(min=2, help="Training steps per seed.", show_default="150; quick 30")
+        int | None, typer.Option(min=2, help="Training steps per seed.", show_default="200; quick 30")
     ] = None,
     epochs: Annotated[
         float | None, typer.Option(help="The same in passes over the training data.", show_default="none")

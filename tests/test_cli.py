@@ -92,6 +92,11 @@ def test_regimes_of_a_folder(tmp_path: Path) -> None:
         (["demo", "--data", "/nowhere.csv"], "/nowhere.csv"),
         (["demo", "--model", "/nowhere"], "/nowhere"),
         (["demo", "--out", "/dev/null/out"], "--out /dev/null/out cannot be written"),
+        pytest.param(
+            ["demo", "--out", "/proc"],
+            "--out /proc cannot be written",
+            marks=pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder nobody can write to"),
+        ),
         (["demo", "--batch", "0"], "batch"),
         (["train"], "train"),
     ],

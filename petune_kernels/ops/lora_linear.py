@@ -36,7 +36,11 @@ from . import _checks as check
 PATHS = ("auto", "adapter", "merged")
 
 MERGE_ROWS: dict[str, float | None] = {"cpu": None, "cuda": None}
-"""Per device type: "auto" merges when T is at least this multiple of K. None: never (on CUDA: not measured)."""
+"""Per device type: "auto" merges when T is at least this multiple of K; None: never.
+
+CPU: forward + backward, float32, 2048 rows, K 384, r 8, two threads, merged against adapter: 11.8 and 11.6 ms at
+N = 384, 31.2 and 31.9 ms at N = 1536: no gain beyond the noise, and x A^T moves into backward. CUDA: not measured.
+"""
 
 
 class LoraLinear(torch.autograd.Function):

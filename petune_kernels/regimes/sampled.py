@@ -115,7 +115,7 @@ class _Sampled:
         self.write(owner)
 
     def before_load(self, owner: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-        self.write(owner)
+        self.settle(owner)
         for name, values, index in self.entries(owner):
             new = state_dict.get(prefix + name)
             if isinstance(new, Tensor) and new.shape == owner._parameters[name].shape:  # type: ignore[union-attr]

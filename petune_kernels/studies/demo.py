@@ -45,7 +45,7 @@ class Settings:
     lr: float | None = None
     seed: int = 0
     epochs: float | None = None
-    steps: int = 150
+    steps: int = 200
     seeds: int = 3
     test: int = 1000
     rounds: int = 15

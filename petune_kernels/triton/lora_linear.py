@@ -154,7 +154,7 @@ def project_kernel(
 @triton.jit(do_not_specialize=["limits"])
 def matmul_kernel(
     sources, weights, lows, inners, outers, seeds, bias, bias_low, out, rows_per_group, rows_per_seed, limits, scales,
-    factors, stride_bias, bias_scale, widths: tl.constexpr, ranks: tl.constexpr, N: tl.constexpr,
+    factors, stride_bias, bias_scale, widths: tl.constexpr, ranks: tl.constexpr, DEEPEST: tl.constexpr, N: tl.constexpr,
     TRANSPOSED: tl.constexpr, FUSED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr,
     RANK: tl.constexpr, TERMS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -195,7 +195,7 @@ def matmul_kernel(
                 low = tl.dot(tile, inner, low, input_precision=PRECISION)
         if lows[i] is not None:
             change = tl.zeros([ROWS, COLS], tl.float32)
-            for start in tl.static_range(0, ranks[i], RANK):
+            for start in tl.static_range(0, DEEPEST, RANK):
                 along = start + tl.arange(0, RANK)[None, :]
                 low_at = lows[i] + row * ranks[i] + along
                 if FUSED:
@@ -315,8 +315,9 @@ def _matmul(
         tuple(sources), tuple(weights), tuple(lows), tuple(inners), tuple(outers), tuple(seeds), bias, bias_low, out,
         T // G, tuple(T // _seeds(s) for s in seeds), tuple(threshold(q) for q in p), tuple(scales), tuple(factors),
         0 if bias is None or bias.dim() == 1 else N, bias_scale, widths=tuple(s.shape[1] for s in sources),
-        ranks=ranks, N=N, TRANSPOSED=transposed, FUSED=fused, ROWS=config.rows, COLS=config.cols, DEPTH=config.depth,
-        RANK=rank, TERMS=2 if mixed else 1, PRECISION=_precision(), num_warps=config.warps, num_stages=config.stages,
+        ranks=ranks, DEEPEST=max(ranks), N=N, TRANSPOSED=transposed, FUSED=fused, ROWS=config.rows, COLS=config.cols,
+        DEPTH=config.depth, RANK=rank, TERMS=2 if mixed else 1, PRECISION=_precision(), num_warps=config.warps,
+        num_stages=config.stages,
     )  # fmt: skip
 
 

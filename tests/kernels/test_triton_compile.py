@@ -179,7 +179,7 @@ TENSOR_CORES = {80: r"\bHMMA\b", 90: r"\bHGMMA\b", 100: r"\bUTC\w*MMA\b|\bHMMA\b
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("case", LORA)
+@pytest.mark.parametrize("case", [c if c.startswith("bert") else pytest.param(c, marks=pytest.mark.slow) for c in LORA])
 def test_lora_linear(case, arch, tmp_path):
     rows, K, widths, r, dtype, adapter, p, G = LORA[case]
     n, lead = len(widths), () if G == 1 else (G,)

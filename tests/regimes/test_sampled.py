@@ -92,6 +92,28 @@ def test_draw_is_uniform(count: int) -> None:
     assert float((hits / 4000 - p).abs().max()) < 4.5 * (p * (1 - p) / 4000) ** 0.5
 
 
+@pytest.mark.parametrize("count", [1, 5_000, 5_001, 9_999])
+def test_draw_draws_little(monkeypatch, count: int) -> None:
+    """Near the total, drawing until nothing repeats would take about total rounds for the last number."""
+    drawn = []
+    randint = torch.randint
+    monkeypatch.setattr(torch, "randint", lambda high, size, **kw: drawn.append(size[0]) or randint(high, size, **kw))
+    assert len(draw(10_000, count, 0)) == count
+    assert len(drawn) < 30 and sum(drawn) < 10_000
+
+
+def test_no_copy_of_the_weight(small_bert, batch) -> None:
+    model = small_bert()
+    tune(model, "random", fraction=0.3)
+    dense = model.bert.encoder.layer[0].output.dense
+    home = dense.weight
+    seen = []
+    dense.register_forward_pre_hook(lambda m, _: seen.append(m.weight))
+    model(**batch)
+    assert seen[0] is not home and seen[0].requires_grad and seen[0].data_ptr() == home.data_ptr()
+    assert dense.weight is home
+
+
 def test_budget_fraction_and_seed(small_bert) -> None:
     model = small_bert()
     report = tune(model, "random")
@@ -221,7 +243,7 @@ def test_two_forwards_before_one_backward(small_bert, batch) -> None:
 
 def test_a_step_between_forward_and_backward_raises(small_bert, batch) -> None:
     model = small_bert()
-    tune(model, "random", fraction=0.3)
+    tune(model, "random", fraction=0.3, train_head=False)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     model(**batch).loss.backward()
     loss = model(**batch).loss
@@ -342,7 +364,7 @@ def test_a_forward_that_raises(small_bert, batch, error: type) -> None:
     """KeyboardInterrupt runs no hook of torch's: whatever looks at the model next puts it right."""
     model = small_bert().eval()
     tune(model, "random", fraction=0.3)
-    parameters, logits = dict(model.named_parameters()), model(**batch).logits
+    parameters, logits, state = dict(model.named_parameters()), model(**batch).logits, weights(model)
     norm = model.bert.encoder.layer[1].output.LayerNorm
     forward = norm.forward
 
@@ -353,7 +375,7 @@ def test_a_forward_that_raises(small_bert, batch, error: type) -> None:
     for look in (
         lambda: model(**batch),
         lambda: model.state_dict(),
-        lambda: model.load_state_dict(weights(model)),
+        lambda: model.load_state_dict(state),
         lambda: tune(model, "random", fraction=0.3),
     ):
         norm.forward = broken
