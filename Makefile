@@ -52,6 +52,12 @@ test-slow: $(VENV)/.dev
 gpu-test: $(VENV)/.dev
 	$(BIN)/python -m pytest -q -m gpu $(ARGS)
 
+# The CUDA kernels under the host emulator, with AddressSanitizer and UBSan; both libraries must be there before Python's.
+sanitize: $(VENV)/.dev
+	PETUNE_SANITIZE=1 ASAN_OPTIONS=detect_leaks=0 \
+		LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
+		$(BIN)/python -m pytest -q tests/kernels/test_cuda_emulator.py $(ARGS)
+
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

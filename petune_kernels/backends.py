@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from . import reference, schema
+from . import matmul, reference, schema  # noqa: F401  (matmul registers before Triton may)
 
 BACKENDS = ("reference", "cpu", "cuda", "triton")
 COMPILED_DTYPES = {
@@ -76,17 +76,20 @@ def _triton_launcher(op: str) -> Callable[..., Any] | None:
     return getattr(importlib.import_module(module), op, None)
 
 
-def _register_triton() -> None:
-    """On a GPU without the compiled library, the Triton launchers serve the ops they have."""
+def _register_triton() -> frozenset[str]:
+    """On a GPU without the compiled library, the Triton launchers serve the ops they have; returns which."""
     if not torch.cuda.is_available():
-        return
+        return frozenset()
+    served = set()
     for op in schema.SCHEMAS:
         launcher = None if _has_kernel(op, "cuda") else _triton_launcher(op)
         if launcher is not None:
             torch.library.impl(f"{schema.NAMESPACE}::{op}", "CUDA", launcher)
+            served.add(op)
+    return frozenset(served)
 
 
-_register_triton()
+_ON_TRITON = _register_triton()
 
 
 @contextlib.contextmanager
@@ -146,7 +149,7 @@ def describe() -> list[Choice]:
         for op in schema.SCHEMAS:
             dtypes = ", ".join(str(d).removeprefix("torch.") for d in COMPILED_DTYPES[device])
             if _has_kernel(op, device):
-                name = "triton" if MISSING[device] else device
+                name = "triton" if device == "cuda" and op in _ON_TRITON else device
                 rows.append(Choice(op, device, name, f"kernel loaded, for {dtypes}; other dtypes take the reference"))
             elif MISSING[device]:
                 rows.append(Choice(op, device, "reference", "no compiled kernel is loaded", MISSING[device]))

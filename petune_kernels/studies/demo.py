@@ -125,7 +125,7 @@ def run(settings: Settings, console: Console) -> dict[str, Any]:
         "command": " ".join(["petune", *sys.argv[1:]]),
         "machine": machine.describe() | {"device": _device_name(task.device)},
         "task": {
-            "model": str(task.folder),
+            "model": task.folder.name,
             "labels": task.names,
             "train": len(task.split.train),
             "test": len(task.split.test),

@@ -20,78 +20,17 @@ Row blocks are summed by `finish` in a fixed order: deterministic. Rows of a rep
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from . import column_sum as columns
-from .common import arch, finish, keep_tile, nothing, processors, serve, threshold
+from .common import finish, keep_tile, nothing, processors, serve, threshold
+from .tiles import Config, configure
 
 RANK_BLOCK = 32
 """Ranks handled at a time. A rank up to this can be computed inside the matmul."""
-
-
-@dataclass(frozen=True)
-class Config:
-    """Tile of the result (rows, cols), depth of one step, warps, pipeline stages."""
-
-    rows: int
-    cols: int
-    depth: int
-    warps: int
-    stages: int
-
-
-# Widest first. Chosen by resources (no spill, shared memory below each chip's limit); not measured.
-CONFIGS: dict[int, tuple[Config, ...]] = {
-    80: (Config(128, 128, 32, 8, 4), Config(64, 128, 32, 4, 4), Config(64, 64, 32, 4, 4)),
-    90: (Config(128, 128, 64, 8, 4), Config(64, 128, 64, 4, 4), Config(64, 64, 64, 4, 4)),
-    100: (Config(128, 128, 64, 8, 4), Config(128, 64, 64, 4, 4), Config(64, 64, 64, 4, 4)),
-}
-
-TUNED: dict[tuple[int, int, int, int], Config] = {}
-"""Recorded choices by (depth of the product, N, T rounded up to a power of two, arch); `tune` fills it."""
-
-_chosen: dict[tuple[int, int, int, int, int], Config] = {}
-
-
-def candidates(device: torch.device) -> tuple[Config, ...]:
-    chip = arch(device)
-    return CONFIGS[max((known for known in CONFIGS if known <= chip), default=80)]
-
-
-def configure(T: int, C: int, N: int, itemsize: int, device: torch.device) -> Config:
-    """The tile for [T, C] @ [C, N]: a tuned one, else the widest that still gives every multiprocessor a tile."""
-    key = (C, N, triton.next_power_of_2(max(T, 1)), arch(device))
-    if key in TUNED:
-        return TUNED[key]
-    if key + (itemsize,) not in _chosen:
-        options = candidates(device)
-        wide = [c for c in options if triton.cdiv(T, c.rows) * triton.cdiv(N, c.cols) >= processors(device)]
-        best = (wide or options[-1:])[0]
-        if itemsize == 4:  # the same bytes a step; a float32 product has no room for the widest tile
-            best = Config(min(best.rows, 64), min(best.cols, 64), 32, 4, 3)
-        _chosen[key + (itemsize,)] = best
-    return _chosen[key + (itemsize,)]
-
-
-def tune(
-    run: Callable[[], Any], T: int, C: int, N: int, device: torch.device, bench: Callable[..., float] | None = None
-) -> dict[Config, float]:
-    """Times `run`, a call whose matmul is [T, C] @ [C, N], with every configuration and records the fastest."""
-    measure = triton.testing.do_bench if bench is None else bench
-    key = (C, N, triton.next_power_of_2(max(T, 1)), arch(device))
-    times = {}
-    for config in candidates(device):
-        TUNED[key] = config
-        times[config] = measure(run)
-    TUNED[key] = min(times, key=lambda c: times[c])
-    return times
 
 
 @triton.jit

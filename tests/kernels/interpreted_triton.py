@@ -14,7 +14,7 @@ import torch
 
 from petune_kernels import reference
 from petune_kernels.triton import column_sum as t_column_sum
-from petune_kernels.triton import common
+from petune_kernels.triton import common, tiles
 from petune_kernels.triton import dropout as t_dropout
 from petune_kernels.triton import lora_linear as t_lora
 from petune_kernels.triton import residual_norm as t_norm
@@ -245,16 +245,16 @@ def test_many_row_blocks_and_no_rows():
 
 def test_configurations_are_chosen_by_shape_and_tuned_on_request():
     device = torch.device(DEVICE)
-    wide, narrow = (t_lora.configure(T, 768, 768, 2, device) for T in (65536, 64))
+    wide, narrow = (tiles.configure(T, 768, 768, 2, device) for T in (65536, 64))
     assert wide.rows * wide.cols > narrow.rows * narrow.cols
-    costs = iter(range(len(t_lora.candidates(device)), 0, -1))
+    costs = iter(range(len(tiles.candidates(device)), 0, -1))
     try:
-        times = t_lora.tune(lambda: None, 64, 768, 768, device, bench=lambda run: next(costs))
+        times = tiles.tune(lambda: None, 64, 768, 768, device, bench=lambda run: next(costs))
         best = min(times, key=lambda c: times[c])
-        assert best == t_lora.candidates(device)[-1]
-        assert t_lora.configure(64, 768, 768, 2, device) == best
+        assert best == tiles.candidates(device)[-1]
+        assert tiles.configure(64, 768, 768, 2, device) == best
     finally:
-        t_lora.TUNED.clear()
+        tiles.TUNED.clear()
 
 
 def test_other_dtypes_are_refused():

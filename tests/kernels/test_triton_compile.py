@@ -19,7 +19,7 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from petune_kernels.triton import column_sum, common, dropout, lora_linear, residual_norm  # noqa: E402
+from petune_kernels.triton import column_sum, common, dropout, lora_linear, residual_norm, tiles  # noqa: E402
 
 ARCHS = (80, 90, 100)
 POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int64: "*i64"}
@@ -207,7 +207,7 @@ def test_lora_linear(case, arch, tmp_path):
 def test_the_check_can_fail(tmp_path):
     """A tile far beyond the register file must be seen to spill."""
     with (
-        mock.patch.dict(lora_linear.CONFIGS, {90: (lora_linear.Config(128, 256, 32, 2, 2),)}),
+        mock.patch.dict(tiles.CONFIGS, {90: (tiles.Config(128, 256, 32, 2, 2),)}),
         pytest.raises(AssertionError, match="spilling instructions"),
     ):
         test_lora_linear("bert fc1", 90, tmp_path)

@@ -1,0 +1,159 @@
+"""Every op on a GPU, compiled and in Triton, against the float64 reference on the CPU; masks bit-equal to the CPU's.
+
+`make gpu-test` on a machine with an NVIDIA GPU. Without one these are skipped; the same kernels are then proved by the
+host emulator, the interpreter and ahead-of-time compilation in tests/kernels.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import petune_kernels as pk
+from petune_kernels import reference
+from petune_kernels.ops.bias_act import bias_act
+from petune_kernels.ops.column_sum import column_sum
+from petune_kernels.ops.dropout import dropout
+from petune_kernels.ops.lora_linear import lora_linear
+from petune_kernels.ops.residual_norm import residual_norm
+
+from .table import UNIT
+
+pytestmark = pytest.mark.gpu
+
+P = 0.25
+SHAPES = ((1, 8), (3, 7), (37, 100), (66, 384), (130, 769), (64, 4096), (0, 64))
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+Tensors = dict[str, Tensor]
+
+
+def norm(t: Tensors) -> tuple[Tensor, ...]:
+    out = residual_norm(
+        t["x"], t["gamma"], t["beta"], bias=t["bias"], residual=t["residual"], p=P, return_z=True, seed=t["seed"]
+    )
+    assert isinstance(out, tuple)
+    return out
+
+
+def rms_norm(t: Tensors) -> tuple[Tensor, ...]:
+    out = residual_norm(t["x"], t["gamma"], residual=t["residual"], rms=True)
+    assert isinstance(out, Tensor)
+    return (out,)
+
+
+def gelu(t: Tensors) -> tuple[Tensor, ...]:
+    return (bias_act(t["x"], t["bias"], act="gelu"),)
+
+
+def gated(t: Tensors) -> tuple[Tensor, ...]:
+    return (bias_act(t["x"], act="silu", gate=t["residual"]),)
+
+
+def total(t: Tensors) -> tuple[Tensor, ...]:
+    return (column_sum(t["x"]),)
+
+
+def drop(t: Tensors) -> tuple[Tensor, ...]:
+    return (dropout(t["x"], P, seed=t["seed"]),)
+
+
+def lora(t: Tensors) -> tuple[Tensor, ...]:
+    H = t["x"].shape[-1]
+    y = lora_linear(t["x"], t["w"], t["bias"], t["a"], t["b"], p=P, scale=0.5, seed=t["seed"])
+    assert isinstance(y, Tensor) and y.shape[-1] == H
+    return (y,)
+
+
+CASES: dict[str, tuple[Callable[[Tensors], tuple[Tensor, ...]], tuple[str, ...], tuple[str, ...]]] = {
+    "residual_norm": (norm, ("x", "residual", "bias", "gamma", "beta"), ("cuda", "triton")),
+    "rms_norm": (rms_norm, ("x", "residual", "gamma"), ("cuda", "triton")),
+    "bias_gelu": (gelu, ("x", "bias"), ("cuda",)),
+    "gated_silu": (gated, ("x", "residual"), ("cuda",)),
+    "column_sum": (total, (), ("cuda", "triton")),
+    "dropout": (drop, ("x",), ("cuda", "triton")),
+    "lora_linear": (lora, ("x", "a", "b"), ("triton",)),
+}
+RUNS = [(name, backend) for name, case in CASES.items() for backend in case[2]]
+
+
+def make(T: int, H: int, dtype: torch.dtype) -> Tensors:
+    t = {name: torch.randn(T, H) for name in ("x", "residual")}
+    t |= {"bias": torch.randn(H), "gamma": 1 + 0.3 * torch.randn(H), "beta": torch.randn(H)}
+    t |= {"w": torch.randn(H, H) / H**0.5, "a": torch.randn(8, H) / H**0.5, "b": torch.randn(H, 8)}
+    return {name: v.to(dtype) for name, v in t.items()} | {"seed": torch.randint(2**62, (1,))}
+
+
+def run(name: str, t: Tensors, backend: str, device: str, dtype: torch.dtype) -> list[Tensor]:
+    """Outputs and every gradient, on the CPU in float64."""
+    op, wanted, _ = CASES[name]
+    moved = {k: v.to(device) if k == "seed" else v.to(device, dtype) for k, v in t.items()}
+    for k in wanted:
+        moved[k].requires_grad_()
+    with pk.backend(backend):
+        out = op(moved)
+        torch.manual_seed(1)
+        d = [torch.randn(o.shape).to(t["x"].dtype).to(o) for o in out]
+        grads = torch.autograd.grad(out, [moved[k] for k in wanted], d) if wanted else ()
+    return [r.detach().double().cpu() for r in (*out, *grads)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("T,H", SHAPES)
+@pytest.mark.parametrize("name,backend", RUNS)
+def test_against_float64(name: str, backend: str, T: int, H: int, dtype: torch.dtype) -> None:
+    t = make(T, H, dtype)
+    exact = run(name, t, "reference", "cpu", torch.float64)
+    ours = run(name, t, backend, "cuda", dtype)
+    again = run(name, t, backend, "cuda", dtype)
+    for got, same, want in zip(ours, again, exact, strict=True):
+        assert torch.equal(got, same), "two runs differ"
+        scale = want.square().mean().sqrt() if want.numel() else torch.tensor(0.0)
+        # one rounding to the dtype, and those of the rounded intermediate results and fp32 sums
+        allowed = (3 * UNIT[dtype] + 64 * UNIT[torch.float32]) * scale
+        assert got.shape == want.shape and not got.isnan().any()
+        if got.numel():
+            assert (got - want).square().mean().sqrt() <= allowed
+
+
+@pytest.mark.parametrize("backend", ("cuda", "triton"))
+@pytest.mark.parametrize("T,H", ((5, 64), (7, 50), (6, 33), (3, 1000)))
+def test_masks_are_the_cpu_s(T: int, H: int, backend: str) -> None:
+    seed = torch.randint(-(2**63), 2**63 - 1, (1,))
+    keep = reference.keep_mask(seed, P, T * H).reshape(T, H)
+    with pk.backend(backend):
+        dropped = dropout(torch.ones(T, H, device="cuda"), P, seed=seed.cuda())
+        _, z = residual_norm(torch.ones(T, H, device="cuda"), p=P, seed=seed.cuda(), return_z=True)
+    assert torch.equal(dropped.cpu() != 0, keep) and torch.equal(z.cpu() != 0, keep)
+
+
+@pytest.mark.parametrize("tool", ("memcheck", "racecheck"))
+def test_compute_sanitizer(tool: str) -> None:
+    """One shape of every op under compute-sanitizer."""
+    sanitizer = shutil.which("compute-sanitizer")
+    if sanitizer is None:
+        pytest.skip("compute-sanitizer is not on PATH")
+    command: list[Any] = [
+        sanitizer,
+        "--tool",
+        tool,
+        "--error-exitcode",
+        "9",
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+    ]
+    command += [__file__, "-k", "test_against_float64 and 37-100 and bfloat16"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    )
+    assert done.returncode == 0, done.stdout[-4000:]

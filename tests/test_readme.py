@@ -1,0 +1,29 @@
+"""README tells the truth: its tables are those of the committed results, its commands exist."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import petune_kernels as pk
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_tables_are_the_results() -> None:
+    done = subprocess.run([sys.executable, str(ROOT / "bench" / "readme.py"), "--check"])
+    assert done.returncode == 0, "README differs from bench/results: run `python bench/readme.py`"
+    assert "| step time, median |" in (ROOT / "README.md").read_text()
+
+
+def test_what_it_names_exists() -> None:
+    readme = (ROOT / "README.md").read_text()
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.M))
+    for target in re.findall(r"`make ([a-z-]+)", readme) + re.findall(r"^    make ([a-z-]+)", readme, flags=re.M):
+        assert target in targets, target
+    for name in re.findall(r"pk\.([a-z_]+)", readme):
+        assert name in pk.__all__, name
+    for path in re.findall(r"^    ((?:petune_kernels|csrc|bench|tests|docs)/\S*)", readme, flags=re.M):
+        assert (ROOT / path).exists(), path
