@@ -64,8 +64,9 @@ def test_stable_abi() -> None:
     assert any(library.name.startswith("_C") for library in libraries)
     for library in libraries:
         done = run(str(Path(sys.executable).with_name("torch-abi-audit")), "--json", str(library))
-        (extension,) = json.loads(done.stdout)["extensions"]
-        torch_use = extension["torch"]
+        audit = json.loads(done.stdout)
+        (found,) = audit["extensions"] + audit["bundled_libs"]  # _cuda.so is no Python module
+        torch_use = found["torch"]
         assert torch_use["uses_torch"] and torch_use["stable"] and not torch_use["unstable_symbols"], torch_use
         assert torch_use["min_torch_version"] == "2.10.0"
 

@@ -131,7 +131,7 @@ def _after_save(owner: nn.Module, state_dict: dict[str, Any], prefix: str, local
 
 
 def install(model: nn.Module, picks: dict[str, Tensor]) -> tuple[str, ...]:
-    """Lets the scalars at flat positions picks[name] (int64 [n]) of model's parameters train: the new names."""
+    """Lets the scalars at flat positions picks[name] (int64 [n]) of model's frozen parameters train: the new names."""
     parameters = dict(model.named_parameters())
     picked = {id(parameters[name]): index for name, index in picks.items()}
     # MultiheadAttention reads its out_proj's weight and never calls it.
@@ -148,7 +148,6 @@ def install(model: nn.Module, picks: dict[str, Tensor]) -> tuple[str, ...]:
             index = picked[id(w)].to(w.device)
             if id(w) not in shared:
                 shared[id(w)] = nn.Parameter(w.detach().take(index))
-                w.requires_grad_(False)
             record.names.append(name)
             owner.register_parameter(name + _VALUES, shared[id(w)])
             owner.register_buffer(name + _INDEX, index, persistent=False)
