@@ -53,7 +53,7 @@ def test_same_loss_logits_and_gradients(family: str, dtype: torch.dtype) -> None
     assert_same_step(own, step(model, data), dtype)
 
 
-@pytest.mark.parametrize("regime", ("layernorm", "bitfit", "ffn", "frozen", "full"))
+@pytest.mark.parametrize("regime", ("layernorm", "bitfit", "ffn", "random", "frozen", "full"))
 def test_regime_switches_after_patching(regime: str) -> None:
     model, data = off(build("bert")), batch()
     pk.patch(model)
