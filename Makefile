@@ -56,7 +56,7 @@ gpu-test: $(VENV)/.dev
 sanitize: $(VENV)/.dev
 	PETUNE_SANITIZE=1 ASAN_OPTIONS=detect_leaks=0 \
 		LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
-		$(BIN)/python -m pytest -q tests/kernels/test_cuda_emulator.py $(ARGS)
+		$(BIN)/python -m pytest -q tests/kernels/test_cuda_emulator*.py $(ARGS)
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

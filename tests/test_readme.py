@@ -25,5 +25,7 @@ def test_what_it_names_exists() -> None:
         assert target in targets, target
     for name in re.findall(r"pk\.([a-z_]+)", readme):
         assert name in pk.__all__, name
+    for path in re.findall(r"\]\(((?:bench|docs)/[^)]*)\)", readme):
+        assert (ROOT / path).exists(), path
     for path in re.findall(r"^    ((?:petune_kernels|csrc|bench|tests|docs)/\S*)", readme, flags=re.M):
         assert (ROOT / path).exists(), path
