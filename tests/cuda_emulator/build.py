@@ -64,7 +64,7 @@ def digest(parts: Iterable[str]) -> str:
 
 
 def run(command: list[str], target: Path) -> None:
-    """Runs a compiler and moves its result into place whole: two sessions may build at once."""
+    """Runs a compiler and moves its result into place whole: two test runs may build at once."""
     partial = target.with_name(f"{target.name}.{os.getpid()}")
     command = [str(partial) if word == str(target) else word for word in command]
     result = subprocess.run(command, capture_output=True, text=True)
