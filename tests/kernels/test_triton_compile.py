@@ -68,12 +68,12 @@ def launches(call, arch):
 
     with (
         mock.patch.object(triton.runtime.jit.JITFunction, "run", record),
-        mock.patch.object(lora_linear, "arch", lambda device: arch),
+        mock.patch.object(tiles, "arch", lambda device: arch),
         mock.patch.object(common, "arch", lambda device: arch),
     ):
-        lora_linear._chosen.clear()
+        tiles._chosen.clear()
         call()
-        lora_linear._chosen.clear()
+        tiles._chosen.clear()
     return list(found.values())
 
 
