@@ -1,10 +1,12 @@
 """petune_kernels: fused kernels for parameter-efficient tuning of Hugging Face models.
 
-import petune_kernels as pk
-pk.tune(model, "layernorm")     # what trains
-report = pk.patch(model)        # what runs: fused kernels, the same numbers, the same checkpoints
-...                             # train as before
-pk.unpatch(model)               # the very same modules and methods as before
+In use:
+
+    import petune_kernels as pk
+    pk.tune(model, "layernorm")     # what trains
+    report = pk.patch(model)        # what runs: fused kernels, the same numbers, the same checkpoints
+    ...                             # train as before
+    pk.unpatch(model)               # the very same modules and methods as before
 """
 
 from __future__ import annotations

@@ -263,10 +263,7 @@ def packed_linear(x, w, bias):
                 for m, c in zip(w, bias, strict=True)
             ]
             rows = _by_replica(y, G)
-            _fold(
-                rows,
-                [(rows.new_ones([1] * rows.dim(), dtype=dtype).expand(*rows.shape[:-1], 1), torch.cat(columns, -2))],
-            )
+            _fold(rows, [(_ones(rows, dtype), torch.cat(columns, -2))])
     return y
 
 

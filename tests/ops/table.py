@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 
 import torch
 from torch import Tensor
@@ -39,3 +42,17 @@ def no_worse_than_eager(name: str, ours: Tensor, eager: Tensor, exact: Tensor, f
     slack = SLACK + 3.0 / math.sqrt(max(ours.numel(), 1))
     error, allowed = rms(ours.double() - exact), slack * max(rms(eager.double() - exact), floor * rms(exact))
     assert error <= allowed, f"{name}: RMS error {error:.3e}, allowed {allowed:.3e}"
+
+
+def run_under_isa(code: str, isa: str) -> None:
+    """Runs `code`, indented by eight below `if True:`, in a process whose CPU kernels use at most this instruction set.
+
+    PETUNE_ISA lowers the choice and never raises it, so a machine without `isa` runs on what it has.
+    """
+    code += "\n        from petune_kernels.backends import build_info; print('isa', build_info()['isa'])\n"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {"PETUNE_ISA": isa}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    order = ("baseline", "avx2", "avx512")
+    assert order.index(done.stdout.split()[-1]) <= order.index(isa)

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -17,7 +14,7 @@ import petune_kernels as pk
 from petune_kernels import reference
 from petune_kernels.ops.attention import attention, attention_interface
 
-from .table import DTYPES, forward_floor, no_worse_than_eager, row_sum_floor
+from .table import DTYPES, forward_floor, no_worse_than_eager, row_sum_floor, run_under_isa
 
 P = 0.25
 # (B, h, S, K, D): a model's, odd everything, one of everything, more rows than columns and the reverse, no rows,
@@ -297,15 +294,8 @@ def test_every_instruction_set(isa: str) -> None:
                         out[name] = (o, *torch.autograd.grad(o, t, do.to(o.dtype)))
                 for a, c in zip(out["cpu"], out["reference"]):
                     torch.testing.assert_close(a.double(), c, rtol=tol, atol=tol)
-        from petune_kernels.backends import build_info
-        print("isa", build_info()["isa"])
     """
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=os.environ | {"PETUNE_ISA": isa}, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    order = ("baseline", "avx2", "avx512")
-    assert order.index(done.stdout.split()[-1]) <= order.index(isa)
+    run_under_isa(code, isa)
 
 
 @pytest.mark.parametrize("name", ("position_bias", "softcap", "s_aux", "output_attentions"))

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -17,7 +14,7 @@ import petune_kernels as pk
 from petune_kernels.ops.bias_act import bias_act
 from petune_kernels.schema import ACTIVATIONS
 
-from .table import DTYPES, SHAPES, forward_floor, no_worse_than_eager, row_sum_floor
+from .table import DTYPES, SHAPES, forward_floor, no_worse_than_eager, row_sum_floor, run_under_isa
 
 NAMES = ("u", "bias", "gate")
 EAGER = {"gelu": F.gelu, "gelu_tanh": lambda v: F.gelu(v, approximate="tanh"), "relu": F.relu, "silu": F.silu}
@@ -230,15 +227,8 @@ def test_every_instruction_set(isa: str) -> None:
                             out[name] = (h, *torch.autograd.grad(h.float().square().sum(), (u, b, g)))
                     for a, c in zip(out["reference"], out["cpu"]):
                         torch.testing.assert_close(a, c, rtol=tol, atol=10 * tol)
-        from petune_kernels.backends import build_info
-        print("isa", build_info()["isa"])
     """
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=os.environ | {"PETUNE_ISA": isa}, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    order = ("baseline", "avx2", "avx512")
-    assert order.index(done.stdout.split()[-1]) <= order.index(isa)
+    run_under_isa(code, isa)
 
 
 BAD = {

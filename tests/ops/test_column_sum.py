@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from torch import Tensor
@@ -13,7 +9,7 @@ from torch import Tensor
 import petune_kernels as pk
 from petune_kernels.ops.column_sum import column_sum
 
-from .table import DTYPES, SHAPES, no_worse_than_eager, row_sum_floor
+from .table import DTYPES, SHAPES, no_worse_than_eager, row_sum_floor, run_under_isa
 
 
 @pytest.mark.parametrize("G", (1, 3))
@@ -85,15 +81,8 @@ def test_every_instruction_set(isa: str) -> None:
                 x = torch.randn(T, N, dtype=dtype)
                 with pk.backend("cpu"):
                     torch.testing.assert_close(column_sum(x)[0].double(), x.double().sum(0), rtol=1e-5, atol=1e-5)
-        from petune_kernels.backends import build_info
-        print("isa", build_info()["isa"])
     """
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=os.environ | {"PETUNE_ISA": isa}, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    order = ("baseline", "avx2", "avx512")
-    assert order.index(done.stdout.split()[-1]) <= order.index(isa)
+    run_under_isa(code, isa)
 
 
 BAD = {

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -16,7 +13,7 @@ import petune_kernels as pk
 from petune_kernels import reference
 from petune_kernels.ops.dropout import dropout
 
-from .table import DTYPES
+from .table import DTYPES, run_under_isa
 
 P = 0.25
 SIZES = (0, 1, 3, 16, 63, 100, 4096, 4099, 20_001)
@@ -150,15 +147,8 @@ def test_every_instruction_set(isa: str) -> None:
                     ours = dropout(x, .3, seed=seed)
                 with pk.backend("reference"):
                     assert torch.equal(ours, dropout(x, .3, seed=seed))
-        from petune_kernels.backends import build_info
-        print("isa", build_info()["isa"])
     """
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=os.environ | {"PETUNE_ISA": isa}, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    order = ("baseline", "avx2", "avx512")
-    assert order.index(done.stdout.split()[-1]) <= order.index(isa)
+    run_under_isa(code, isa)
 
 
 BAD = {

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -18,7 +15,7 @@ from petune_kernels import reference
 from petune_kernels.ops.residual_norm import residual_norm
 from petune_kernels.schema import ROW_XHAT, ROW_Y, ROW_Z
 
-from .table import DTYPES, SHAPES, UNIT, forward_floor, no_worse_than_eager, row_sum_floor
+from .table import DTYPES, SHAPES, UNIT, forward_floor, no_worse_than_eager, row_sum_floor, run_under_isa
 
 P, EPS = 0.25, 1e-6
 NAMES = ("x", "residual", "bias", "gamma", "beta")
@@ -325,15 +322,8 @@ def test_every_instruction_set(isa: str) -> None:
                 tol = 1e-4 if dtype == torch.float32 else 3e-2
                 for a, c in zip(out["reference"], out["cpu"]):
                     torch.testing.assert_close(a, c, rtol=tol, atol=tol)
-        from petune_kernels.backends import build_info
-        print("isa", build_info()["isa"])
     """
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=os.environ | {"PETUNE_ISA": isa}, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    order = ("baseline", "avx2", "avx512")
-    assert order.index(done.stdout.split()[-1]) <= order.index(isa)
+    run_under_isa(code, isa)
 
 
 BAD = {
