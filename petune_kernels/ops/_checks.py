@@ -23,6 +23,14 @@ def same_device(op: str, x: torch.Tensor, **tensors: torch.Tensor | None) -> Non
             raise ValueError(f"{op}: {name} is on {t.device}, x is on {x.device}; they must share one device")
 
 
+def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
+    """The dtype that autocast prescribes for a matmul of x, or None. The meta device has no autocast."""
+    kind = x.device.type
+    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
+
+
 def probability(op: str, p: float) -> None:
     if not isinstance(p, (int, float)) or not 0.0 <= p < 1.0:
         raise ValueError(f"{op}: p is {p!r}; accepted is a probability in [0, 1)")

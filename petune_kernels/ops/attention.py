@@ -200,11 +200,13 @@ def attention_interface(
     causal mask is needed is decided as transformers decides it for SDPA: only without a mask and for more than one row.
     Register `attention_mask_interface` under the same name, too.
 
+    A position_bias (T5's) is added to the mask. While it trains, torch's own attention runs, which gives its gradient.
+
     Raises:
-        ValueError: for what eager attention adds and this op does not: position_bias, softcap, s_aux (sinks), a cache
-            of pages, or attention weights as an output.
+        ValueError: for what eager attention adds and this op does not: softcap, s_aux (sinks), a cache of pages, or
+            attention weights as an output.
     """
-    for name in ("position_bias", "softcap", "s_aux", "cache", "output_attentions"):
+    for name in ("softcap", "s_aux", "cache", "output_attentions"):
         given = kwargs.get(name)
         if given is not None and given is not False:
             raise ValueError(f"attention_interface: {name} is given; not supported, use attn_implementation='eager'")
@@ -216,6 +218,17 @@ def attention_interface(
     causal = S > 1 and attention_mask is None and bool(causal)
     if causal and K > S:  # filling an empty static cache: the columns past S hold nothing yet
         key, value = key[:, :, :S], value[:, :, :S]
+    bias = kwargs.get("position_bias")
+    if bias is not None:
+        if attention_mask is not None:
+            attention_mask = additive_mask(attention_mask, query.dtype)
+            attention_mask = bias + attention_mask[..., : key.shape[2]]
+        else:
+            attention_mask = bias[..., : key.shape[2]]
+        if attention_mask.requires_grad and torch.is_grad_enabled():
+            scale = query.shape[3] ** -0.5 if scaling is None else scaling
+            return _sdpa(query, key, value, attention_mask, dropout, scale, causal).transpose(1, 2), None
+        attention_mask = attention_mask.detach()
     return attention(query, key, value, attention_mask, dropout, scaling, causal).transpose(1, 2), None
 
 

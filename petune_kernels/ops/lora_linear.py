@@ -237,14 +237,13 @@ def lora_linear(
         as_list(op, name, value if isinstance(value, (list, tuple)) else [value] * n, n)
         for name, value in (("p", p), ("scale", scale))
     )
-    autocast = isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
-    if autocast:
-        dtype = torch.get_autocast_dtype(x.device.type)
+    dtype = check.autocast_dtype(x) if isinstance(x, Tensor) else None
+    if dtype is not None:
         x = x.to(dtype)
         biases, as_, bs, bias_bs = (
             [None if t is None else t.to(dtype) for t in ts] for ts in (biases, as_, bs, bias_bs)
         )
-    T, K, G = projections(op, x, ws, biases, autocast=autocast)
+    T, K, G = projections(op, x, ws, biases, autocast=dtype is not None)
     for i in range(n):
         check.probability(op, ps[i])
         g = _adapter(op, i, x, ws[i].shape[0], as_[i], bs[i], bias_bs[i])

@@ -77,11 +77,10 @@ def packed_linear(
     if not ws:
         raise ValueError(f"{op}: w is empty; accepted is at least one projection")
     biases = as_list(op, "bias", bias, len(ws))
-    autocast = isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
-    if autocast:
-        dtype = torch.get_autocast_dtype(x.device.type)
+    dtype = check.autocast_dtype(x) if isinstance(x, Tensor) else None
+    if dtype is not None:
         x, biases = x.to(dtype), [None if c is None else c.to(dtype) for c in biases]
-    T, K, G = projections(op, x, ws, biases, autocast=autocast)
+    T, K, G = projections(op, x, ws, biases, autocast=dtype is not None)
     if len({c.dtype for c in biases if c is not None}) > 1:
         raise TypeError(f"{op}: the biases have several dtypes; accepted is one, {x.dtype} or float32")
     y = PackedLinear.apply(check.contiguous_rows(x, T, K), len(ws), G, *ws, *biases)

@@ -3,20 +3,43 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
 
 from .. import backends
-from . import norm, pattern, post_norm_tail
-from .pattern import Pattern
+from . import (
+    activation,
+    attention,
+    dropout,
+    linear,
+    lora,
+    mlp,
+    norm,
+    pattern,
+    post_norm_tail,
+    pre_norm,
+    shared_input,
+    trace,
+)  # fmt: skip
+from .pattern import Parts, Pattern
 from .report import Entry, PatchReport
 
-PATTERNS: tuple[Pattern, ...] = (post_norm_tail.PATTERN, norm.PATTERN)
-"""In the order of trial: a pattern that covers several modules comes before one that covers one of them."""
+PATTERNS: tuple[Pattern, ...] = (
+    lora.PATTERN, post_norm_tail.PATTERN, pre_norm.PATTERN, mlp.PATTERN, norm.PATTERN, linear.PATTERN, dropout.PATTERN,
+    activation.PATTERN,
+)  # fmt: skip
+"""In the order of trial: a pattern that covers several modules comes before one that covers one of them. `shared_input`
+and `attention` are found in the model's trace instead."""
 
-_OPS = ("residual_norm", "residual_norm_backward")
+_OPS = {
+    "norm": "residual_norm", "post_norm_tail": "residual_norm", "pre_norm": "residual_norm", "lora": "lora_linear",
+    "shared_input": "lora_linear", "mlp": "bias_act", "activation": "bias_act", "linear": "packed_linear",
+    "dropout": "dropout", "attention": "attention",
+}  # fmt: skip
 
 
 class PatchError(RuntimeError):
@@ -42,20 +65,22 @@ def patch(model: nn.Module, *, strict: bool = False) -> PatchReport:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"patch: model is {type(model).__name__}; accepted is a torch.nn.Module")
-    plan, entries = _survey(model)
-    report = PatchReport(tuple(entries), _backends(model))
+    plan = _survey(model)
+    report = PatchReport(tuple(plan.entries), _backends(model, plan.entries))
     if not report.patched:
-        kinds = sorted({e.kind for e in entries})
+        kinds = sorted({e.kind for e in plan.entries})
         refused = "; ".join(f"{path}: {reason}" for path, reason in list(report.refused.items())[:5])
         raise PatchError(
-            f"patch: nothing in this {type(model).__name__} matches a pattern ({', '.join(p.name for p in PATTERNS)}); "
+            f"patch: nothing in this {type(model).__name__} matches a pattern ({', '.join(_OPS)}); "
             f"it holds {', '.join(kinds)}" + (f". Refused: {refused}" if refused else "")
         )
     if strict and report.refused:
         reasons = "; ".join(f"{path}: {reason}" for path, reason in report.refused.items())
         raise PatchError(f"patch: strict=True and {len(report.refused)} candidates were left alone: {reasons}")
-    for module, found, parts in plan:
+    for module, found, parts in plan.modules:
         pattern.bind(module, found, parts)
+    for root, served in plan.attention:
+        attention.bind(root, served)
     backends.warn_if_slow()
     return report
 
@@ -78,6 +103,8 @@ def unpatch(model: nn.Module) -> None:
         )
     for module in bound.values():
         pattern.unbind(module)
+    for root in filter(attention.bound, list(model.modules())):
+        attention.unbind(root)
 
 
 @contextlib.contextmanager
@@ -90,64 +117,111 @@ def patched(model: nn.Module, *, strict: bool = False) -> Iterator[PatchReport]:
         unpatch(model)
 
 
-def _survey(model: nn.Module) -> tuple[list[tuple[nn.Module, Pattern, Mapping[str, str]]], list[Entry]]:
-    """What would be bound where, and the entry of every module; changes nothing."""
-    plan: list[tuple[nn.Module, Pattern, Mapping[str, str]]] = []
-    entries: list[Entry] = []
-    part_of: dict[nn.Module, str] = {}
+@dataclass
+class _Plan:
+    """What would be bound where, and the entry of every module."""
+
+    modules: list[tuple[nn.Module, Pattern, Any]] = field(default_factory=list)
+    attention: list[tuple[nn.Module, list[nn.Module]]] = field(default_factory=list)
+    entries: list[Entry] = field(default_factory=list)
+
+
+def _survey(model: nn.Module) -> _Plan:
+    """Changes nothing."""
+    plan, part_of = _Plan(), dict[nn.Module, str]()
+    seen = trace.observe(model)
+    whole = _whole_models(model, seen, plan)
+    groups = {module: group for group in _groups(model, seen) for module in group.modules}
     for path, module in model.named_modules():
         kind = type(module).__name__
-        owner = part_of.get(module)
-        already = pattern.pattern_of(module)
-        if owner is not None:
-            entries.append(Entry(path, kind, owner, part=True))
-        elif already is not None and not pattern.foreign_forward(module):
-            entries.append(Entry(path, kind, already, candidate=True))
-            _claim(module, already, part_of)
-        else:
-            found, parts, reason = _match(module)
-            if found is not None:
-                plan.append((module, found, parts))
-                entries.append(Entry(path, kind, found.name, candidate=True))
-                _claim(module, found.name, part_of)
-            elif reason:
-                entries.append(Entry(path, kind, reason=reason, candidate=True))
-            elif not module._modules:
-                entries.append(Entry(path, kind, reason="no pattern for this class here"))
-    return plan, entries
-
-
-def _claim(module: nn.Module, name: str, part_of: dict[nn.Module, str]) -> None:
-    """What runs inside a patched module's fused forward is part of it; a projection it calls is its own."""
-    for found in PATTERNS:
-        if found.name == name:
-            parts = found.parts(module) or {}
-            part_of.update({getattr(module, parts[role]): name for role in parts if role != "dense"})
-            if "dense" in parts and type(getattr(module, parts["dense"])) is nn.Linear:
-                part_of[getattr(module, parts["dense"])] = name
-
-
-def _match(module: nn.Module) -> tuple[Pattern | None, Mapping[str, str], str]:
-    """The first pattern that recognises and verifies the module, or the reasons of those that refused it."""
-    reasons = []
-    for candidate in PATTERNS:
-        parts = candidate.parts(module)
-        if parts is None:
+        already = None if pattern.foreign_forward(module) else pattern.pattern_of(module)
+        if module in whole:
+            plan.entries.append(Entry(path, kind, *whole[module]))
+        if already is None and module in groups and "forward" not in module.__dict__:
+            plan.modules.append((module, shared_input.PATTERN, groups[module]))
+            already = shared_input.PATTERN.name
+            _claim_adapter(module, part_of)
+        elif already is not None:
+            bound = next((p for p in PATTERNS if p.name == already), None)
+            if bound is not None:
+                _claim(module, bound, pattern.bound_parts(module), part_of)
+            _claim_adapter(module, part_of)
+        elif module in part_of:
+            plan.entries.append(Entry(path, kind, part_of[module], part=True))
             continue
-        if "forward" in module.__dict__:
-            reason = "its forward was replaced on the instance"
+        if already is not None:
+            plan.entries.append(Entry(path, kind, already, candidate=True))
+            continue
+        call = seen.calls.get(module)
+        if type(module) is nn.Dropout and seen.unused(module):
+            plan.entries.append(Entry(path, kind, reason="not called in the model's forward: only its rate is read"))
+            continue
+        found, parts, reason, candidate = _match(module, call)
+        if found is not None:
+            plan.modules.append((module, found, parts))
+            plan.entries.append(Entry(path, kind, found.name, candidate=True))
+            _claim(module, found, parts, part_of)
+        elif reason:
+            plan.entries.append(Entry(path, kind, reason=reason, candidate=candidate))
+        elif not module._modules:
+            plan.entries.append(Entry(path, kind, reason="no pattern for this class here"))
+    return plan
+
+
+def _whole_models(model: nn.Module, seen: trace.Trace, plan: _Plan) -> dict[nn.Module, tuple[str, str, bool, bool]]:
+    """What follows `path, kind` in the entries of attention modules, and of transformers models that are left alone."""
+    entries: dict[nn.Module, tuple[str, str, bool, bool]] = {}
+    for root in trace.roots(model):
+        if attention.bound(root):
+            served = attention.served(root)
         else:
-            reason = candidate.refuse(module, parts) or pattern.verify(module, candidate, parts)
-        if not reason:
-            return candidate, parts, ""
-        reasons.append(f"{candidate.name}: {reason}")
-    return None, {}, "; ".join(reasons)
+            unfit = attention.unfit(root)
+            reason, served = (unfit, []) if unfit else attention.verify(root, seen)
+            if reason:
+                entries[root] = ("", f"attention: {reason}", False, not unfit)
+                continue
+            plan.attention.append((root, served))
+        entries |= dict.fromkeys(served, ("attention", "", False, True))
+    return entries
 
 
-def _backends(model: nn.Module) -> dict[str, str]:
+def _groups(model: nn.Module, seen: trace.Trace) -> list[shared_input.Group]:
+    found = [g for g in shared_input.groups(model, seen) if not any("forward" in m.__dict__ for m in g)]
+    return [shared_input.Group(g) for g in found if not shared_input.verify(g)]
+
+
+def _claim(module: nn.Module, found: Pattern, parts: Parts, part_of: dict[nn.Module, str]) -> None:
+    """What runs inside a fused forward is part of it."""
+    for role in found.claims(module, parts):
+        part_of.update(dict.fromkeys(module.get_submodule(parts[role]).modules(), found.name))
+
+
+def _claim_adapter(module: nn.Module, part_of: dict[nn.Module, str]) -> None:
+    for parts in lora.parts(module):
+        _claim(module, lora.PATTERN, parts, part_of)
+
+
+def _match(module: nn.Module, call: trace.Call | None) -> tuple[Pattern | None, Parts, str, bool]:
+    """The first pattern and reading that verify, or the reasons of those that refused, and whether a sure one is among
+    them."""
+    reasons: dict[str, bool] = {}
+    for candidate in PATTERNS:
+        for parts in candidate.parts(module, call):
+            if "forward" in module.__dict__:
+                reason = "its forward was replaced on the instance"
+            else:
+                reason = candidate.refuse(module, parts) or pattern.verify(module, candidate, parts, call)
+            if not reason:
+                return candidate, parts, "", True
+            reasons[f"{candidate.name}: {reason}"] = candidate.sure
+    return None, {}, "; ".join(reasons), any(reasons.values())
+
+
+def _backends(model: nn.Module, entries: list[Entry]) -> dict[str, str]:
     param = next(iter(model.parameters()), torch.empty(0))
+    used = {_OPS[e.pattern] for e in entries if e.pattern}
     return {
         choice.op: choice.backend
         for choice in backends.describe()
-        if choice.op in _OPS and choice.device == ("cuda" if param.is_cuda else "cpu")
+        if choice.op.removesuffix("_backward") in used and choice.device == ("cuda" if param.is_cuda else "cpu")
     }

@@ -1,39 +1,81 @@
-"""Pattern `norm`: any nn.LayerNorm over the last dimension."""
+"""Pattern `norm`: any LayerNorm or RMSNorm over the last dimension.
+
+A module without children and with one vector of weights (and, for a LayerNorm, perhaps a bias) is one of: nn.LayerNorm;
+an RMSNorm that multiplies by its weight (Llama, T5); an RMSNorm that multiplies by one plus its weight (Gemma). Which
+of them it is, its own forward says on a sample.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..ops.residual_norm import residual_norm
-from .pattern import Pattern
+from . import pattern
+from .pattern import Parts, Pattern
+from .trace import Call
+
+_EPS = ("eps", "variance_epsilon", "epsilon")
 
 
-def _parts(module: nn.Module) -> Mapping[str, str] | None:
-    return {} if isinstance(module, nn.LayerNorm) else None
+def readings(module: nn.Module, call: Call | None = None) -> Sequence[Parts]:
+    if isinstance(module, nn.LayerNorm):
+        return ({"kind": "layer"},)
+    if module._modules or module._buffers or list(module._parameters) != ["weight"] or module.weight is None:
+        return ()
+    eps = next((name for name in _EPS if isinstance(getattr(module, name, None), float)), None)
+    if eps is None and not isinstance(module, nn.RMSNorm):
+        return ()
+    return tuple({"kind": kind, "eps": eps} for kind in ("rms", "rms+1"))
 
 
-def _refuse(module: nn.Module, parts: Mapping[str, str]) -> str:
-    assert isinstance(module, nn.LayerNorm)
-    if type(module).forward is not nn.LayerNorm.forward:
+def _refuse(module: nn.Module, parts: Parts) -> str:
+    weight: Any = module.weight
+    if isinstance(module, nn.LayerNorm) and type(module).forward is not nn.LayerNorm.forward:
         return f"{type(module).__name__} has a forward of its own"
-    if len(module.normalized_shape) != 1:
-        return f"it normalises over {len(module.normalized_shape)} dimensions; the kernel takes one"
+    dims = len(module.normalized_shape) if isinstance(module, nn.LayerNorm) else weight.dim()
+    if dims != 1:
+        return f"it normalises over {dims} dimensions; the kernel takes one"
     return ""
 
 
-def _sample(module: nn.Module, parts: Mapping[str, str], generator: torch.Generator) -> tuple[Tensor, ...]:
-    assert isinstance(module, nn.LayerNorm)
-    H, like = module.normalized_shape[0], next(module.parameters())
-    return (torch.randn(3, H, generator=generator, device=like.device).to(like.dtype),)
+def _sample(module: nn.Module, parts: Parts, generator: torch.Generator, call: Call | None) -> tuple[Tensor, ...]:
+    H = module.normalized_shape[0] if isinstance(module, nn.LayerNorm) else module.weight.shape[0]  # type: ignore
+    like = next(module.parameters(), torch.empty(0, device=generator.device))
+    return (pattern.random_rows(like, int(H), generator),)
 
 
-def _forward(module: nn.LayerNorm, parts: Mapping[str, str], input: Tensor) -> Tensor:
-    y = residual_norm(input, module.weight, module.bias, eps=module.eps)
+def settings(module: Any, parts: Parts, x: Tensor) -> dict[str, Any]:
+    """What residual_norm needs to do this norm's work on x."""
+    if parts["kind"] == "layer":
+        return {"gamma": module.weight, "beta": module.bias, "eps": module.eps}
+    eps = getattr(module, parts["eps"]) if parts["eps"] else module.eps
+    if eps is None:  # torch's own default
+        eps = torch.finfo(x.dtype).eps
+    gamma = module.weight if parts["kind"] == "rms" else 1.0 + module.weight.float()
+    return {"gamma": gamma, "eps": eps, "rms": True}
+
+
+def serves(module: Any, parts: Parts, x: Tensor) -> bool:
+    """An RMSNorm's product with a wider weight promotes its result; the op keeps x's dtype."""
+    return parts["kind"] == "layer" or module.weight.dtype == x.dtype
+
+
+def widened(x: Tensor) -> Tensor:
+    """x as torch's layer_norm takes it: CUDA's autocast runs it in float32."""
+    return x.float() if x.is_cuda and torch.is_autocast_enabled("cuda") else x
+
+
+def _forward(module: Any, parts: Parts, x: Tensor, **kwargs: Any) -> Tensor:
+    if kwargs or not serves(module, parts, x):
+        return type(module).forward(module, x, **kwargs)
+    x = widened(x) if parts["kind"] == "layer" else x
+    y = residual_norm(x, **settings(module, parts, x))
     assert isinstance(y, Tensor)
     return y
 
 
-PATTERN = Pattern("norm", _parts, _refuse, _sample, _forward)
+PATTERN = Pattern("norm", readings, _refuse, _sample, _forward)

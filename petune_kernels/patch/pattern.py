@@ -1,41 +1,56 @@
 """What a pattern is, how it verifies itself, and how a fused forward is bound to one module instance and taken off.
 
 A pattern recognises a module by what it holds, binds a fused forward on the instance (never on the class), and only
-after that forward has given the same result as the module's own on a small random input.
+after that forward has given the same result as the module's own on a small input.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+if TYPE_CHECKING:
+    from .trace import Call
+
 _MARK = "_petune_pattern"
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_HOOK_FLAGS = ("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs")
 # largest difference between fused and own forward, relative to the largest output; a look-alike is off by far more
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}
+_META_LIMIT = 1 << 22  # parameters of a module on the meta device up to which it is verified on random CPU weights
+
+Parts = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Pattern:
     """One structural pattern.
 
-    parts: role -> child name for a module that looks like this pattern (what verification then confirms), else None.
+    parts: the ways in which a module may be read as this pattern, likeliest first: role -> child name (or what else the
+        forward must know), from the module and how it was called in the model's trace (None where there is none).
+        Empty: not this pattern. Verification takes the first that gives the module's own result.
     refuse: why a module that looks right is left alone, or "".
-    sample: a small random input for verification, from the module, its parts and a generator.
-    forward: the fused forward, called as forward(module, parts, *args).
+    sample: a small input for verification, from a bare twin of the module, the parts, a generator and the traced call;
+        a dict at its end holds keyword arguments. May give the twin random parameters.
+    forward: the fused forward, called as forward(module, parts, *args, **kwargs).
+    claims: the roles whose children run inside the fused forward and so are no longer candidates themselves.
+    sure: whether looking right is enough to be a candidate, which strict=True insists on.
     """
 
     name: str
-    parts: Callable[[nn.Module], Mapping[str, str] | None]
-    refuse: Callable[[nn.Module, Mapping[str, str]], str]
-    sample: Callable[[nn.Module, Mapping[str, str], torch.Generator], tuple[Tensor, ...]]
+    parts: Callable[[nn.Module, Call | None], Sequence[Parts]]
+    refuse: Callable[[nn.Module, Parts], str]
+    sample: Callable[[nn.Module, Parts, torch.Generator, Call | None], tuple[Any, ...]]
     forward: Callable[..., Any]
+    claims: Callable[[nn.Module, Parts], Sequence[str]] = lambda module, parts: ()
+    sure: bool = True
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
@@ -52,10 +67,20 @@ def pattern_of(module: nn.Module) -> str | None:
     return module.__dict__.get(_MARK)
 
 
-def bind(module: nn.Module, pattern: Pattern, parts: Mapping[str, str]) -> None:
+def bind(module: nn.Module, pattern: Pattern, parts: Any) -> None:
     # functools.partial: deep-copies and pickles with its module, and torch.compile traces it
     module.__dict__["forward"] = functools.partial(pattern.forward, module, parts)
     module.__dict__[_MARK] = pattern.name
+
+
+def undisturbed(module: nn.Module) -> bool:
+    """No hooks, and nobody else's forward: what the module does may be done in its stead."""
+    return not has_hooks(module) and not foreign_forward(module)
+
+
+def bound_parts(module: nn.Module) -> Any:
+    """What `bind` was given for this module."""
+    return module.__dict__["forward"].args[1]
 
 
 def foreign_forward(module: nn.Module) -> bool:
@@ -71,38 +96,96 @@ def unbind(module: nn.Module) -> None:
     del module.__dict__["forward"], module.__dict__[_MARK]
 
 
-def _bare(module: nn.Module) -> nn.Module:
-    """The same module seen without hooks and in evaluation, sharing its parameters; the original is not touched."""
-    twin = copy.copy(module)
+def bare(module: nn.Module, twins: dict[nn.Module, nn.Module] | None = None) -> nn.Module:
+    """The same module seen without hooks, fused forwards and in evaluation, sharing its parameters; the original is not
+    touched. `twins` collects original -> twin for every module in it."""
+    twins = {} if twins is None else twins
+    if module in twins:
+        return twins[module]
+    twin = twins[module] = copy.copy(module)
     twin.__dict__ = dict(module.__dict__, training=False)
-    for name in _HOOKS:
+    if pattern_of(module) is not None and not foreign_forward(module):
+        unbind(twin)
+    for name in (*_HOOKS, *_HOOK_FLAGS):
         twin.__dict__[name] = type(getattr(module, name))()
-    twin.__dict__["_modules"] = {k: None if m is None else _bare(m) for k, m in module._modules.items()}
+    for name in ("_parameters", "_buffers"):
+        twin.__dict__[name] = dict(module.__dict__[name])
+    twin.__dict__["_modules"] = {k: None if m is None else bare(m, twins) for k, m in module._modules.items()}
     return twin
 
 
-def verify(module: nn.Module, pattern: Pattern, parts: Mapping[str, str]) -> str:
-    """'' where the fused forward agrees with the module's own on a small random input, else what differs.
+def no_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    available = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if available else contextlib.nullcontext()
 
-    Dropout off, hooks and global random state untouched. On the meta device there is nothing to compare.
+
+class Marker(nn.Module):
+    """Stands in for a dropout during verification: fused and own forward must drop in the same place."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.linspace(0.5, 1.5, x.shape[-1], dtype=x.dtype, device=x.device)
+
+
+def _probe(module: nn.Module, generator: torch.Generator) -> nn.Module:
+    """A bare twin that hides nothing: vectors (norm weights, biases) random, dropouts replaced by markers. On the meta
+    device a small module gets random weights on the CPU instead."""
+    twin = bare(module)
+    for child in twin.modules():
+        for name, p in child._parameters.items():
+            if p is not None and (p.dim() == 1 or p.is_meta):
+                fresh = torch.randn(p.shape, generator=generator, device=generator.device) * (
+                    1 if p.dim() == 1 else 0.1
+                )
+                child._parameters[name] = nn.Parameter(fresh.to(p.dtype), requires_grad=False)
+        for name, m in child._modules.items():
+            if type(m) is nn.Dropout:
+                child._modules[name] = Marker()
+    return twin
+
+
+def verify(module: nn.Module, pattern: Pattern, parts: Parts, call: Call | None = None) -> str:
+    """'' where the fused forward agrees with the module's own on a small input, else what differs.
+
+    Dropouts marked, hooks and global random state untouched. A large module on the meta device cannot be compared.
     """
-    param = next(iter(module.parameters()), None)
-    if param is None or param.device.type == "meta":
-        return ""
-    twin = _bare(module)
-    generator = torch.Generator(param.device).manual_seed(0)
-    with torch.no_grad(), torch.autocast(param.device.type, enabled=False):
-        args = pattern.sample(twin, parts, generator)
+    tensors = [p for p in module.parameters() if p.is_floating_point()]
+    device = tensors[0].device if tensors else torch.device("cpu")
+    if device.type == "meta":
+        if sum(p.numel() for p in tensors) > _META_LIMIT:
+            return ""
+        device = torch.device("cpu")
+    generator = torch.Generator(device).manual_seed(0)
+    with torch.no_grad(), no_autocast(device):
+        twin = _probe(module, generator)
         try:
-            own = type(module).forward(twin, *args)
+            args = pattern.sample(twin, parts, generator, call)
+            args, kwargs = (args[:-1], args[-1]) if args and isinstance(args[-1], dict) else (args, {})
+            own = type(module).forward(twin, *args, **kwargs)
         except Exception as error:  # a look-alike with another signature or other shapes: the report carries the reason
             return f"its forward does not take this pattern's input: {type(error).__name__}: {error}"
-        fused = pattern.forward(twin, parts, *args)
-    if not isinstance(own, Tensor) or own.shape != fused.shape or own.dtype != fused.dtype:
+        try:
+            fused = pattern.forward(twin, parts, *args, **kwargs)
+        except Exception as error:  # the parts do not fit together as this reading has it
+            return f"the fused forward does not fit it: {type(error).__name__}: {error}"
+    return difference(own, fused)
+
+
+def difference(own: Any, fused: Any) -> str:
+    """'' where two results agree within their dtype's rounding, else what differs."""
+    if not isinstance(own, Tensor) or not isinstance(fused, Tensor):
+        return "" if own is fused else f"its forward gives {_kind(own)}, the fused one {_kind(fused)}"
+    if own.shape != fused.shape or own.dtype != fused.dtype:
         return f"its forward gives {_kind(own)}, the fused one {_kind(fused)}"
-    difference = (own.double() - fused.double()).abs().max().item() if own.numel() else 0.0
-    allowed = _TOLERANCE[own.dtype] * max(own.double().abs().max().item(), 1.0) if own.numel() else 0.0
-    return "" if difference <= allowed else f"its forward differs from the fused one by {difference:.2g} on a sample"
+    if not own.numel() or own.is_meta:
+        return ""
+    off = (own.double() - fused.double()).abs().max().item()
+    allowed = _TOLERANCE[own.dtype] * max(own.double().abs().max().item(), 1.0)
+    return "" if off <= allowed else f"its forward differs from the fused one by {off:.2g} on a sample"
+
+
+def random_rows(like: Tensor, width: int, generator: torch.Generator) -> Tensor:
+    """[1, 3, width] in the dtype of `like`, on the generator's device."""
+    return torch.randn(1, 3, width, generator=generator, device=generator.device).to(like.dtype)
 
 
 def _kind(value: Any) -> str:

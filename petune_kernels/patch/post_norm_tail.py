@@ -8,28 +8,30 @@ The projection's bias, the dropout, the sum and the norm become one op. A projec
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops.residual_norm import residual_norm
-from .pattern import Pattern, is_plain
+from . import norm, pattern
+from .pattern import Parts, Pattern, is_plain
+from .trace import Call
 
 
-def _parts(module: nn.Module) -> Mapping[str, str] | None:
+def _parts(module: nn.Module, call: Call | None) -> Sequence[Parts]:
     roles = {}
     for name, child in module.named_children():
         role = {nn.LayerNorm: "norm", nn.Dropout: "dropout"}.get(type(child), "dense")  # type: ignore[call-overload]
         roles[role] = name
     if len(roles) != 3 or len(module._modules) != 3:
-        return None
+        return ()
     taken = [p for p in inspect.signature(type(module).forward).parameters.values() if p.default is p.empty]
-    return roles if len(taken) == 3 else None  # self, hidden, residual
+    return (roles,) if len(taken) == 3 else ()  # self, hidden, residual
 
 
-def _refuse(module: nn.Module, parts: Mapping[str, str]) -> str:
+def _refuse(module: nn.Module, parts: Parts) -> str:
     norm = getattr(module, parts["norm"])
     if len(norm.normalized_shape) != 1:
         return f"its norm works over {len(norm.normalized_shape)} dimensions; the kernel takes one"
@@ -40,27 +42,32 @@ def _refuse(module: nn.Module, parts: Mapping[str, str]) -> str:
     return ""
 
 
-def _sample(module: nn.Module, parts: Mapping[str, str], generator: torch.Generator) -> tuple[Tensor, ...]:
+def _sample(module: nn.Module, parts: Parts, generator: torch.Generator, call: Call | None) -> tuple[Tensor, ...]:
     dense, norm = getattr(module, parts["dense"]), getattr(module, parts["norm"])
     like = next(dense.parameters())
-    return tuple(
-        torch.randn(1, 3, width, generator=generator, device=like.device).to(like.dtype)
-        for width in (dense.in_features, norm.normalized_shape[0])
-    )
+    return tuple(pattern.random_rows(like, width, generator) for width in (dense.in_features, norm.normalized_shape[0]))
 
 
-def _forward(module: nn.Module, parts: Mapping[str, str], hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
-    dense, dropout, norm = (getattr(module, parts[role]) for role in ("dense", "dropout", "norm"))
-    if not (is_plain(norm, nn.LayerNorm) and is_plain(dropout, nn.Dropout)):
+def _forward(module: nn.Module, parts: Parts, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
+    dense, dropout, last = (getattr(module, parts[role]) for role in ("dense", "dropout", "norm"))
+    if not is_plain(last, nn.LayerNorm):
         return type(module).forward(module, hidden_states, input_tensor)
-    if is_plain(dense, nn.Linear):
-        x, bias = F.linear(hidden_states, dense.weight), dense.bias
+    if not is_plain(dropout, nn.Dropout) or dropout.p >= 1.0:
+        x, bias, p = dropout(dense(hidden_states)), None, 0.0
+    elif is_plain(dense, nn.Linear):
+        x, bias, p = F.linear(hidden_states, dense.weight), dense.bias, dropout.p
     else:
-        x, bias = dense(hidden_states), None
-    p = dropout.p if dropout.training else 0.0
-    y = residual_norm(x, norm.weight, norm.bias, bias=bias, residual=input_tensor, p=p, eps=norm.eps)
+        x, bias, p = dense(hidden_states), None, dropout.p
+    y = residual_norm(
+        norm.widened(x), last.weight, last.bias, bias=bias, residual=input_tensor, p=p if dropout.training else 0.0,
+        eps=last.eps,
+    )  # fmt: skip
     assert isinstance(y, Tensor)
     return y
 
 
-PATTERN = Pattern("post_norm_tail", _parts, _refuse, _sample, _forward)
+def _claims(module: nn.Module, parts: Parts) -> Sequence[str]:
+    return ("norm", "dropout", *(("dense",) if type(getattr(module, parts["dense"])) is nn.Linear else ()))
+
+
+PATTERN = Pattern("post_norm_tail", _parts, _refuse, _sample, _forward, _claims)

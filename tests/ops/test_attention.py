@@ -298,7 +298,7 @@ def test_every_instruction_set(isa: str) -> None:
     run_under_isa(code, isa)
 
 
-@pytest.mark.parametrize("name", ("position_bias", "softcap", "s_aux", "output_attentions"))
+@pytest.mark.parametrize("name", ("softcap", "s_aux", "output_attentions"))
 def test_interface_refuses_what_it_would_leave_out(name: str) -> None:
     q, k, v = make((1, 2, 3, 3, 4), torch.float32)
     with pytest.raises(ValueError, match=f"{name} is given"):
@@ -338,3 +338,26 @@ def test_bad_input(case: str, backend: str) -> None:
     with pk.backend(backend), pytest.raises(error, match=message) as caught:
         call_it(*(t.detach() for t in make((1, 2, 3, 5, 4), torch.float32)))
     assert "attention" in str(caught.value)
+
+
+@pytest.mark.parametrize("trains", (False, True))
+@pytest.mark.parametrize("masked", (False, True))
+def test_interface_adds_a_position_bias(masked: bool, trains: bool) -> None:
+    q, k, v = make((2, 2, 3, 5, 4), torch.float64)
+    bias = torch.randn(1, 2, 3, 5, dtype=torch.float64, requires_grad=trains)
+    mask = torch.zeros(2, 1, 1, 5, dtype=torch.float64) if masked else None
+    if mask is not None:
+        mask[0, ..., 3:] = torch.finfo(torch.float64).min
+    results = []
+    for fused in (False, True):
+        if fused:
+            module = torch.nn.Module()
+            o, _ = attention_interface(module, q, k, v, mask, scaling=1.0, is_causal=False, position_bias=bias)
+        else:
+            scores = q @ k.mT + bias + (0 if mask is None else mask)
+            o = (scores.softmax(-1) @ v).transpose(1, 2)
+        wanted = [t for t in (q, k, v, bias) if t.requires_grad]
+        results.append((o, *torch.autograd.grad(o.square().sum(), wanted)))
+    assert len(results[0]) == (5 if trains else 4)
+    for own, ours in zip(*results, strict=True):
+        torch.testing.assert_close(ours, own)

@@ -1,0 +1,35 @@
+"""Pattern `dropout`: an nn.Dropout that is called as a module keeps a seed of 8 bytes instead of a mask."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..ops.dropout import dropout
+from .pattern import Parts, Pattern
+from .trace import Call
+
+
+def _parts(module: nn.Module, call: Call | None) -> Sequence[Parts]:
+    return ({},) if type(module) is nn.Dropout else ()
+
+
+def _refuse(module: nn.Module, parts: Parts) -> str:
+    return "it works in place" if module.inplace else ""
+
+
+def _sample(module: nn.Module, parts: Parts, generator: torch.Generator, call: Call | None) -> tuple[Tensor, ...]:
+    return (torch.randn(4, 16, generator=generator, device=generator.device),)
+
+
+def _forward(module: nn.Dropout, parts: Parts, x: Tensor) -> Tensor:
+    if not module.training or module.p == 0.0:
+        return x
+    if module.p >= 1.0 or not x.is_floating_point():
+        return nn.Dropout.forward(module, x)
+    return dropout(x, module.p)
+
+
+PATTERN = Pattern("dropout", _parts, _refuse, _sample, _forward)

@@ -1,0 +1,108 @@
+"""Pattern `mlp`: a feed-forward block, or its first half, with the bias and the activation as one op.
+
+A module that is called with x alone and holds an activation, one to three projections and perhaps a dropout:
+
+    one     act(up(x))                                    BERT's intermediate
+    two     down(act(up(x)))                              ViT, T5, DistilBERT
+    two     down(act(u) * g), [u g] = both(x)             ModernBERT
+    three   down(act(gate(x)) * up(x))                    Llama, T5 1.1
+
+with a dropout before the last projection or after it. Which reading is right, its own forward says on a sample. A
+projection that is no plain nn.Linear (PEFT's LoRA layer, one with hooks) is called, with its own bias.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..ops.bias_act import bias_act
+from . import activation, pattern
+from .pattern import Parts, Pattern, is_plain
+from .trace import Call
+
+
+def _widths(module: nn.Module) -> tuple[int, int] | None:
+    widths = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    return widths if all(isinstance(n, int) for n in widths) else None  # type: ignore[return-value]
+
+
+def _parts(module: nn.Module, call: Call | None) -> Sequence[Parts]:
+    widths = {name: w for name, child in module.named_children() if (w := _widths(child))}
+    drops = [name for name, child in module.named_children() if type(child) in (nn.Dropout, pattern.Marker)]
+    acts = {name: activation.name_of(c) for name, c in module.named_children() if name not in (*widths, *drops)}
+    if len(acts) != 1 or None in acts.values() or not widths or len(drops) > 1 or len(widths) > 3:
+        return ()
+    (act, fn), names = next(iter(acts.items())), list(widths)
+    base: dict[str, Any] = {"act": act, "fn": fn}
+    if len(names) == 1:
+        return () if drops else ({**base, "up": names[0]},)
+    down = [n for n in names if all(n == m or widths[n][0] in (widths[m][1], widths[m][1] // 2) for m in names)]
+    readings: list[dict[str, Any]] = []
+    for last in down:
+        first = [n for n in names if n != last]
+        if len(first) == 1 and widths[first[0]][1] == 2 * widths[last][0]:
+            readings += [{**base, "both": first[0], "down": last, "swap": swap} for swap in (False, True)]
+        elif len(first) == 1 and widths[first[0]][1] == widths[last][0]:
+            readings.append({**base, "up": first[0], "down": last})
+        elif len(first) == 2 and all(widths[n][1] == widths[last][0] for n in first):
+            readings += [{**base, "gate": g, "up": u, "down": last} for g, u in (first, reversed(first))]
+    return [r | {place: d} for r in readings for d in drops for place in ("mid", "end")] if drops else readings
+
+
+def _refuse(module: nn.Module, parts: Parts) -> str:
+    return ""
+
+
+def _sample(module: nn.Module, parts: Parts, generator: torch.Generator, call: Call | None) -> tuple[Tensor, ...]:
+    first: Any = getattr(module, parts.get("both") or parts["up"])
+    return (pattern.random_rows(next(first.parameters()), first.in_features, generator),)
+
+
+def _project(dense: Any, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """dense(x), its bias apart where that can be fused."""
+    if is_plain(dense, nn.Linear):
+        return F.linear(x, dense.weight), dense.bias
+    return dense(x), None
+
+
+def _halves(dense: Any, x: Tensor, swap: bool) -> tuple[Tensor, Tensor | None, Tensor]:
+    """What is activated, its bias, and what it is multiplied with: each contiguous, without a copy."""
+    if is_plain(dense, nn.Linear):
+        w, c = dense.weight.chunk(2), (None, None) if dense.bias is None else dense.bias.chunk(2)
+        a, g = (1, 0) if swap else (0, 1)
+        return F.linear(x, w[a]), c[a], F.linear(x, w[g], c[g])
+    u, gate = dense(x).chunk(2, -1)
+    return (gate, None, u) if swap else (u, None, gate)
+
+
+def _forward(module: nn.Module, parts: Parts, x: Tensor) -> Tensor:
+    act, gate = getattr(module, parts["act"]), None
+    if "forward" in act.__dict__ or pattern.has_hooks(act):  # somebody listens to it, or changed it
+        return type(module).forward(module, x)
+    if "both" in parts:
+        u, bias, gate = _halves(getattr(module, parts["both"]), x, parts["swap"])
+    elif "gate" in parts:
+        u, bias = _project(getattr(module, parts["gate"]), x)
+        gate = getattr(module, parts["up"])(x)
+    else:
+        u, bias = _project(getattr(module, parts["up"]), x)
+    h = bias_act(u, bias, parts["fn"], gate)
+    if "mid" in parts:
+        h = getattr(module, parts["mid"])(h)
+    if "down" in parts:
+        h = getattr(module, parts["down"])(h)
+    return getattr(module, parts["end"])(h) if "end" in parts else h
+
+
+def _claims(module: nn.Module, parts: Parts) -> Sequence[str]:
+    """What is called as a module stays a candidate of its own."""
+    fused = "both" if "both" in parts else "gate" if "gate" in parts else "up"
+    return ("act", *((fused,) if type(getattr(module, parts[fused])) is nn.Linear else ()))
+
+
+PATTERN = Pattern("mlp", _parts, _refuse, _sample, _forward, _claims, sure=False)

@@ -1,0 +1,90 @@
+"""Pattern `pre_norm`: a layer whose residual sum and the norm after it become one op, as in Llama, GPT-2 or ViT.
+
+    z = h + dropout(mixer(norm_1(h)));  out = z + dropout(mlp(norm_2(z)))
+
+A layer with two norms (or nothing in the place of the first), a mixer, a feed-forward block, perhaps one dropout, and
+nothing else. Which is which, and what the layer hands to its mixer, the traced call and verification show. A call with
+arguments that the trace did not have (a cache, cross-attention) takes the layer's own forward.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from itertools import permutations
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..ops.residual_norm import residual_norm
+from . import norm, pattern
+from .pattern import Parts, Pattern
+from .trace import Call
+
+
+def _parts(module: nn.Module, call: Call | None) -> Sequence[Parts]:
+    norms, drops, blocks = list[str](), list[str](), list[str]()
+    for name, child in module.named_children():
+        is_norm = isinstance(child, nn.Identity) or bool(norm.readings(child))
+        (norms if is_norm else drops if type(child) is nn.Dropout else blocks).append(name)
+    if len(norms) != 2 or len(blocks) != 2 or len(drops) > 1 or call is None:
+        return ()
+    taken = list(inspect.signature(type(module).forward).parameters.values())[1:]
+    names = tuple(p.name for p in taken if p.kind is p.POSITIONAL_OR_KEYWORD)
+    given = dict(zip(names, call.args, strict=False)) | dict(call.kwargs)
+    kwargs = frozenset(n for n, v in given.items() if v is not None and v is not False) - {names[0]}
+    found = []
+    for (first, second), (mixer, mlp) in ((n, b) for n in permutations(norms) for b in permutations(blocks)):
+        for reading in norm.readings(module.get_submodule(second)):
+            parts = {"first": first, "mixer": mixer, "second": second, "mlp": mlp, "norm": reading, "names": names[1:]}
+            parts |= {"given": kwargs, "required": _required(module.get_submodule(mixer))}
+            found.append(parts | {"dropout": drops[0] if drops else None})
+    return found
+
+
+def _required(mixer: nn.Module) -> tuple[str, ...]:
+    """What the mixer must be given besides its first argument."""
+    taken = list(inspect.signature(type(mixer).forward).parameters.values())[2:]
+    return tuple(p.name for p in taken if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD)
+
+
+def _refuse(module: nn.Module, parts: Parts) -> str:
+    if any(p.is_meta for p in module.parameters()):
+        return "on the meta device it cannot be compared with its own forward"
+    second = module.get_submodule(parts["second"])
+    return f"{type(second).__name__} has a forward of its own" if not pattern.undisturbed(second) else ""
+
+
+def _sample(module: nn.Module, parts: Parts, generator: torch.Generator, call: Call | None) -> tuple[Any, ...]:
+    assert call is not None
+    return (*call.args, dict(call.kwargs))
+
+
+def _forward(module: Any, parts: Parts, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+    named = dict(zip(parts["names"], args, strict=False)) | kwargs
+    passed = {name: value for name, value in named.items() if value is not None and value is not False}
+    first, mixer, second, mlp = (getattr(module, parts[role]) for role in ("first", "mixer", "second", "mlp"))
+    dropout = getattr(module, parts["dropout"]) if parts["dropout"] else None
+    settings, x = parts["norm"], hidden_states
+    autocast = x.is_cuda and torch.is_autocast_enabled("cuda")  # float32 norms there: see norm.widened
+    if any(name not in parts["given"] for name in passed) or not pattern.undisturbed(second) or autocast:
+        return type(module).forward(module, hidden_states, *args, **kwargs)
+    out = mixer(first(hidden_states), **{name: None for name in parts["required"] if name not in passed}, **passed)
+    x = out[0] if isinstance(out, tuple) else out
+    p = 0.0
+    if dropout is not None:
+        if type(dropout) is nn.Dropout and pattern.undisturbed(dropout) and dropout.p < 1.0:
+            p = dropout.p if dropout.training else 0.0
+        else:
+            x = dropout(x)
+    if x.dtype != hidden_states.dtype or not norm.serves(second, settings, x):
+        z = hidden_states + (x if p == 0.0 else dropout(x))  # type: ignore[misc]
+        y = second(z)
+    else:
+        y, z = residual_norm(x, residual=hidden_states, p=p, return_z=True, **norm.settings(second, settings, x))
+    out = mlp(y)
+    return z + (out if dropout is None else dropout(out))
+
+
+PATTERN = Pattern("pre_norm", _parts, _refuse, _sample, _forward, lambda module, parts: ("second",), sure=False)

@@ -1,0 +1,99 @@
+"""Pattern `shared_input`: projections that read the same x (query, key and value; gate and up) run as one op.
+
+Which projections share x is seen in the model's trace, not guessed from names: siblings that were called with the same
+tensor. Each stays a module that is called, hooks and all; the first one called computes all of them, and the others
+find their result under the very same x. Called with anything else, a projection computes its own, so a model that does
+something the trace did not show still gets what it asked for.
+
+One op for all: one read of x for every rank-r product, dx accumulated by the matmuls instead of added up afterwards.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..ops.lora_linear import lora_linear
+from . import linear, lora, pattern
+from .linear import Projection
+from .pattern import Pattern
+from .trace import Trace
+
+
+class Group:
+    """The projections in the order of their calls, and what the first of them has left for the others."""
+
+    def __init__(self, modules: tuple[nn.Module, ...]):
+        self.modules = modules
+        self.pending: tuple[Tensor, dict[int, Tensor]] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"modules": self.modules, "pending": None}
+
+
+def projection(module: nn.Module) -> Projection | None:
+    return linear.projection(module) if type(module) is nn.Linear else lora.projection(module)
+
+
+def groups(model: nn.Module, trace: Trace) -> list[tuple[nn.Module, ...]]:
+    """Siblings called equally often with the same single argument, at least two, in the order of their calls."""
+    place = {module: i for i, module in enumerate(trace.calls)}
+    found: list[tuple[nn.Module, ...]] = []
+    for parent in model.modules():
+        if lora.is_layer(parent):
+            continue
+        by_input: dict[tuple[int, int], list[nn.Module]] = {}
+        for child in parent._modules.values():
+            call = trace.calls.get(child) if child is not None else None
+            if call is None or call.kwargs or len(call.args) != 1 or projection(child) is None:  # type: ignore[arg-type]
+                continue
+            by_input.setdefault((id(call.args[0]), call.times), []).append(child)  # type: ignore[arg-type]
+        found += [tuple(sorted(set(g), key=place.__getitem__)) for g in by_input.values() if len(set(g)) > 1]
+    return found
+
+
+def verify(modules: tuple[nn.Module, ...]) -> str:
+    """'' where the group gives what its members give one by one, else what differs."""
+    found = [projection(m) for m in modules]
+    first = found[0]
+    assert first is not None
+    if first.w.is_meta:
+        return ""
+    generator = torch.Generator(first.w.device).manual_seed(0)
+    with torch.no_grad(), pattern.no_autocast(first.w.device):
+        x = pattern.random_rows(first.w, first.w.shape[1], generator)
+        twins = tuple(pattern.bare(m) for m in modules)
+        together, group = [], Group(twins)
+        for twin in twins:
+            together.append(_forward(twin, group, x))
+        own = [type(twin).forward(twin, x) for twin in twins]
+    return "; ".join(filter(None, map(pattern.difference, own, together)))
+
+
+def _forward(module: nn.Module, group: Group, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    if args or kwargs:
+        return type(module).forward(module, x, *args, **kwargs)
+    index = group.modules.index(module)
+    pending = group.pending
+    if pending is not None and pending[0] is x and index in pending[1]:
+        y = pending[1].pop(index)
+        if not pending[1]:
+            group.pending = None
+        return y
+    members = range(len(group.modules)) if index == 0 else (index,)
+    found = {i: it for i in members if (it := projection(group.modules[i])) is not None and it.takes(x)}
+    if index not in found:
+        return type(module).forward(module, x)
+    if len(found) == 1 and found[index].a is None:
+        return linear.run(found[index], x)
+    w, bias, a, b, bias_b, scale, p = (list(column) for column in zip(*found.values(), strict=True))
+    results = lora_linear(x, w, bias, a, b, bias_b=bias_b, scale=scale, p=p)
+    left = dict(zip(found, results, strict=True))
+    own = left.pop(index)
+    group.pending = (x, left) if left else None
+    return own
+
+
+PATTERN = Pattern("shared_input", lambda module, call: (), lambda module, parts: "", lambda *_: (), _forward)

@@ -1,0 +1,126 @@
+"""One small forward of the whole model, watched: which module is called with what.
+
+Some patterns depend on how modules are used together: which projections read the same x, what a layer hands to its
+attention. transformers' models say what input they take (`dummy_inputs`), so one forward of five tokens shows it. It
+runs on a bare copy (pattern.bare): no hook fires, no mode is switched, no random state moves.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import pattern
+
+
+@dataclass(frozen=True)
+class Call:
+    """How a module was first called, and how often."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    times: int = 1
+
+
+@dataclass
+class Trace:
+    """calls: module -> its Call, in the order of first calls. failed: root module -> why it could not be run."""
+
+    calls: dict[nn.Module, Call] = field(default_factory=dict)
+    failed: dict[nn.Module, str] = field(default_factory=dict)
+    ran: dict[nn.Module, nn.Module] = field(default_factory=dict)
+    """root -> the module that was run for it: the root itself, or its base model"""
+
+    def unused(self, module: nn.Module) -> bool:
+        """True where everything could be run and this module was not called."""
+        return (
+            not self.failed and bool(self.ran) and module not in self.calls and all(r is b for r, b in self.ran.items())
+        )
+
+
+def roots(model: nn.Module) -> list[nn.Module]:
+    """The outermost transformers models in `model`."""
+    if hasattr(type(model), "dummy_inputs") and hasattr(model, "config"):
+        return [model]
+    return [root for child in model.children() for root in roots(child)]
+
+
+def observe(model: nn.Module) -> Trace:
+    trace = Trace()
+    for root in roots(model):
+        reasons = []
+        for module in dict.fromkeys(m for m in (root, root.base_model) if isinstance(m, nn.Module)):
+            twins: dict[nn.Module, nn.Module] = {}
+            twin = pattern.bare(module, twins)
+            calls: dict[nn.Module, Call] = {}
+            for original, copy in twins.items():
+                _watch(original, copy, calls)
+            try:
+                run(twin)
+            except Exception as error:  # the reason goes into the report of every pattern that needs the trace
+                reasons.append(f"{type(module).__name__} does not run on its own dummy input: {_line(error)}")
+                continue
+            trace.calls.update(calls)
+            trace.ran[root] = module
+            break
+        else:
+            trace.failed[root] = "; ".join(reasons)
+    return trace
+
+
+def run(root: nn.Module) -> list[Tensor]:
+    """The floating tensors that the model gives for a short input, one of its five tokens padded (not on meta)."""
+    with torch.no_grad(), _same_random_state(root), pattern.no_autocast(_device(root)):
+        out = root(**_inputs(root))
+    values = list(out.values()) if isinstance(out, Mapping) else list(out) if isinstance(out, tuple) else [out]
+    return [v for v in values if isinstance(v, Tensor) and v.is_floating_point()]
+
+
+def _watch(original: nn.Module, twin: nn.Module, calls: dict[nn.Module, Call]) -> None:
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        first = calls.get(original, Call(args, kwargs, 0))
+        calls[original] = Call(first.args, first.kwargs, first.times + 1)
+
+    twin.register_forward_pre_hook(before, with_kwargs=True)
+
+
+def _device(root: nn.Module) -> torch.device:
+    return next((p.device for p in root.parameters()), torch.device("cpu"))
+
+
+def _inputs(root: Any) -> dict[str, Any]:
+    device = _device(root)
+    dtype = next((p.dtype for p in root.parameters() if p.is_floating_point()), torch.float32)
+    taken = inspect.signature(root.forward).parameters
+    if root.main_input_name == "pixel_values":
+        size = root.config.image_size
+        height, width = size if isinstance(size, (tuple, list)) else (size, size)
+        pixels = torch.linspace(-1, 1, root.config.num_channels * height * width, dtype=torch.float32)
+        return {"pixel_values": pixels.view(1, -1, height, width).to(device, dtype)}
+    ids = torch.tensor([[7, 6, 5, 4, 3]], device=device) % max(8, getattr(root.config, "vocab_size", 8))
+    inputs: dict[str, Any] = {name: ids for name in root.dummy_inputs if name.endswith("input_ids")} or {
+        "input_ids": ids
+    }
+    if "attention_mask" in taken and device.type != "meta":  # whether a mask masks anything, is read from its values
+        inputs["attention_mask"] = torch.tensor([[1, 1, 1, 1, 0]], device=device)
+    if "use_cache" in taken:
+        inputs["use_cache"] = False
+    return inputs
+
+
+@contextlib.contextmanager
+def _same_random_state(root: nn.Module) -> Iterator[None]:
+    device = _device(root)
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        yield
+
+
+def _line(error: Exception) -> str:
+    text = (str(error).strip().splitlines() or [""])[0]
+    return f"{type(error).__name__}: {text[:160]}"
