@@ -67,23 +67,13 @@ def _blocks(G: int, rows: int, width: int) -> Iterator[tuple[int, int]]:
         yield start, min(step, rows - start)
 
 
-def _widened(x: Tensor, mask: Tensor | None, start: int, n: int) -> Tensor:
-    """Some rows of x in float32, zero where `mask` is. The caller owes the factor 1/(1-p): x is not rounded again."""
-    block = x.narrow(-2, start, n)
-    if mask is not None:
-        block = torch.where(mask.narrow(-2, start, n) != 0, block, 0)
-    return block.float()
-
-
-def _project(x: Tensor, a: Tensor, dropped: Tensor | None, p: float) -> Tensor:
-    """xa = dropout(x) A^T in A's dtype: [.., r]. x, dropped [.., K], a [.., r, K]; `dropped` serves as a mask where x
-    is widened."""
+def _project(x: Tensor, a: Tensor, scale: float = 1.0) -> Tensor:
+    """scale * x A^T in A's dtype: [.., r]. x [.., K], a [.., r, K]."""
     if a.dtype == x.dtype:
-        return (x if dropped is None else dropped) @ a.mT
+        return _product(x, a.mT, scale) if scale != 1.0 else x @ a.mT
     xa = torch.empty([*x.shape[:-1], a.shape[-2]], dtype=a.dtype, device=x.device)
-    keep = 1.0 if dropped is None else 1.0 / (1.0 - p)
     for start, n in _blocks(a.shape[0] if a.dim() == 3 else 1, x.shape[-2], x.shape[-1]):
-        xa.narrow(-2, start, n).copy_(_product(_widened(x, dropped, start, n), a.mT, keep))
+        xa.narrow(-2, start, n).copy_(_product(x.narrow(-2, start, n).float(), a.mT, scale))
     return xa
 
 
@@ -108,10 +98,12 @@ def _forward(x, w, bias, a, b, bias_b, seed, p, scale, merged):
         terms.append((_ones(x, bias.dtype), _column(bias, G)))
     if a is not None and not merged:
         a, b = _small(a), _small(b)
-        dropped = (
-            None if seed is None else torch.ops.petune.dropout(x.reshape(-1, x.shape[-1]), seed, p).reshape(x.shape)
-        )
-        xa = _project(x, a, dropped, p)
+        if seed is None:
+            xa = _project(x, a)
+        elif a.dtype == x.dtype:
+            xa = _project(torch.ops.petune.dropout(x.reshape(-1, x.shape[-1]), seed, p).reshape(x.shape), a)
+        else:  # float32 arithmetic must not see x rounded after the factor 1/(1-p)
+            xa = _project(x * _mask(x, x.shape[-1], seed, p, True).reshape(x.shape), a, 1.0 / (1.0 - p))
         if terms or bias_b is not None or a.dtype != x.dtype:
             terms.append((xa * scale, b))
         else:  # the usual case: nothing to gather, and the scale rides along
@@ -163,8 +155,10 @@ def _backward(like, dy, x, w, a, b, xa, seed, p, scale, groups, want_dx, want_da
             dsum[i] = torch.ops.petune.column_sum(dy_i, groups)
         if a[i] is None or not (want_dx or want_da[i] or want_db[i]):
             continue
-        mask = _mask(like, seed[i], p[i], K) if want_dx or want_da[i] else None
-        mask = mask if mask is None else _by_replica(mask, G)
+        wide = a[i].dtype != dy_i.dtype
+        mask = None
+        if seed[i] is not None and (want_dx or want_da[i]):
+            mask = _by_replica(_mask(like, K, seed[i], p[i], wide), G)
         dxa, da_i, db_i = _adapter_gradients(
             dy_i, x, a[i], b[i], xa[i], mask, p[i], want_dx, want_da[i], want_db[i], scale[i]
         )
@@ -178,9 +172,10 @@ def _backward(like, dy, x, w, a, b, xa, seed, p, scale, groups, want_dx, want_da
     return (dx if want_dx else like.new_empty([0])), da, db, dsum
 
 
-def _mask(like: Tensor, seed: Tensor | None, p: float, K: int) -> Tensor | None:
-    """The dropout mask of [T, K] as 0 and 1/(1-p) rounded: one Philox pass serves both dx and dA."""
-    return None if seed is None else torch.ops.petune.dropout(like.new_ones([like.shape[0], K]), seed, p)
+def _mask(like: Tensor, K: int, seed: Tensor, p: float, ones: bool) -> Tensor:
+    """The dropout mask of [T, K], T the rows of `like`: 0 and 1 if `ones`, else 0 and 1/(1-p) rounded."""
+    kept = torch.ops.petune.dropout(like.new_ones([like.numel() // like.shape[-1], K]), seed, p)
+    return kept.sign_() if ones else kept
 
 
 def _unrounded(p: float, dtype: torch.dtype) -> float:
@@ -195,7 +190,7 @@ def _add_masked(dx: Tensor, dxa: Tensor, a: Tensor, mask: Tensor, p: float) -> N
         return
     for start, n in _blocks(dx.shape[0] if dx.dim() == 3 else 1, dx.shape[-2], dx.shape[-1]):
         product = _product(dxa.narrow(-2, start, n), a, 1.0 / (1.0 - p))
-        dx.narrow(-2, start, n).add_(product.masked_fill_(mask.narrow(-2, start, n) == 0, 0.0))
+        dx.narrow(-2, start, n).add_(product.mul_(mask.narrow(-2, start, n).float()))
 
 
 def _adapter_gradients(dy, x, a, b, xa, mask, p, want_dx, want_da, want_db, scale):
@@ -204,7 +199,7 @@ def _adapter_gradients(dy, x, a, b, xa, mask, p, want_dx, want_da, want_db, scal
     shape_a, shape_b, a, b = a.shape, b.shape, _small(a), _small(b)
     dy, x = _by_replica(dy, G), x if x is None else _by_replica(x, G)
     if want_db:  # xa is empty where the forward ran merged, which it does without dropout only
-        xa = _by_replica(xa, G) if xa.numel() else _project(x, a, None, 0.0)
+        xa = _by_replica(xa, G) if xa.numel() else _project(x, a)
     dxa = da = db = None
     if a.dtype == dy.dtype:
         if want_dx or want_da:
@@ -217,13 +212,14 @@ def _adapter_gradients(dy, x, a, b, xa, mask, p, want_dx, want_da, want_db, scal
         keep = 1.0 if mask is None else 1.0 / (1.0 - p)
         dxa = torch.empty([*dy.shape[:-1], a.shape[-2]], dtype=a.dtype, device=dy.device)
         da = torch.zeros_like(a) if want_da else None
+        x = x * mask if want_da and mask is not None else x
         db = a.new_zeros([*b.shape[:-2], b.shape[-1], b.shape[-2]]) if want_db else None
         for start, n in _blocks(G, dy.shape[-2], max(a.shape[-1], b.shape[-2])):
             rows, part = dy.narrow(-2, start, n).float(), dxa.narrow(-2, start, n)
             if want_dx or want_da:
                 part.copy_(_product(rows, b, scale))
             if want_da:
-                _accumulate(da, part.mT, _widened(x, mask, start, n), keep)
+                _accumulate(da, part.mT, x.narrow(-2, start, n).float(), keep)
             if want_db:
                 _accumulate(db, xa.narrow(-2, start, n).mT, rows, scale)
     db = None if db is None else db.mT.reshape(shape_b)
