@@ -232,12 +232,15 @@ def attention_interface(
     return attention(query, key, value, attention_mask, dropout, scaling, causal).transpose(1, 2), None
 
 
-def attention_mask_interface(dtype: torch.dtype = torch.float32, **kwargs: Any) -> Tensor | None:
+def attention_mask_interface(
+    dtype: torch.dtype = torch.float32, masked: float | None = None, **kwargs: Any
+) -> Tensor | None:
     """The mask to go with it: AttentionMaskInterface.register("petune", attention_mask_interface).
 
     None where nothing is masked; else one additive mask in the model's dtype, made once a forward: [B, 1, 1, K] where
-    every query sees the same keys (an encoder's padding), [B, 1, S, K] otherwise. Masked is the dtype's finite minimum,
-    as in eager, so a row of padding alone gives what eager gives.
+    every query sees the same keys (an encoder's padding), [B, 1, S, K] otherwise. `masked` is what is added to a masked
+    score: -inf, with which a query that sees nothing gets zeros, as in SDPA; None for the dtype's finite minimum, with
+    which it sees every key alike, as in eager.
     """
     from transformers.masking_utils import bidirectional_mask_function, sdpa_mask
 
@@ -246,4 +249,6 @@ def attention_mask_interface(dtype: torch.dtype = torch.float32, **kwargs: Any) 
     mask = sdpa_mask(**kwargs)
     if mask is None:
         return None
-    return torch.zeros((), dtype=dtype, device=mask.device).where(mask, torch.finfo(dtype).min)
+    return torch.zeros((), dtype=dtype, device=mask.device).where(
+        mask, torch.finfo(dtype).min if masked is None else masked
+    )

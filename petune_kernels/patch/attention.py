@@ -4,20 +4,26 @@ transformers asks the model's config, at every call, which attention function to
 pattern names ours there, for a whole transformers model at a time, and puts the former names back on unpatch. As with
 set_attn_implementation, models that were built from one config object share the choice.
 
-Taken over are "eager" and "sdpa"; another choice (flash, flex) is the user's. On CUDA torch's fused attention stays.
+A query that sees no key (padding before a text) gets what the former function gave it: zeros after "sdpa", the mean of
+all values after "eager". Taken over are these two; another choice (flash, flex) is the user's. On CUDA torch's fused
+attention stays.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..ops import attention as op
 from . import pattern, trace
 from .trace import Trace
 
-NAME = "petune"
+NAMES = {"sdpa": "petune", "eager": "petune-eager"}
 _MARK = "_petune_attention"
 
 
@@ -87,17 +93,21 @@ def _configs(root: nn.Module) -> list[Any]:
     return list(found.values())
 
 
-def _switch(root: nn.Module) -> list[tuple[Any, Any]]:
-    """Names our functions in every config; returns (config, what it named before)."""
+def _register(function: Any) -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    from ..ops import attention as op
+    for own, name in NAMES.items():
+        masked = -torch.inf if own == "sdpa" else None
+        AttentionInterface.register(name, function)
+        AttentionMaskInterface.register(name, functools.partial(op.attention_mask_interface, masked=masked))
 
-    AttentionInterface.register(NAME, op.attention_interface)
-    AttentionMaskInterface.register(NAME, op.attention_mask_interface)
+
+def _switch(root: nn.Module) -> list[tuple[Any, Any]]:
+    """Names our functions in every config; returns (config, what it named before)."""
+    _register(op.attention_interface)
     before = [(config, config._attn_implementation_internal) for config in _configs(root)]
-    for config, _ in before:
-        config._attn_implementation_internal = NAME
+    for config, name in before:
+        config._attn_implementation_internal = NAMES.get(name or "sdpa", name)
     return before
 
 
@@ -106,26 +116,16 @@ def _restore(before: list[tuple[Any, Any]]) -> None:
         config._attn_implementation_internal = name
 
 
-class _listening:
+@contextlib.contextmanager
+def _listening(called: list[nn.Module]) -> Iterator[None]:
     """Within it, `called` collects the modules that call our attention function."""
 
-    def __init__(self, called: list[nn.Module]):
-        self.called = called
+    def listen(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
+        called.append(module)
+        return op.attention_interface(module, *args, **kwargs)
 
-    def __enter__(self) -> None:
-        from transformers import AttentionInterface
-
-        from ..ops import attention as op
-
-        def listen(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
-            self.called.append(module)
-            return op.attention_interface(module, *args, **kwargs)
-
-        AttentionInterface.register(NAME, listen)
-
-    def __exit__(self, *_: Any) -> None:
-        from transformers import AttentionInterface
-
-        from ..ops import attention as op
-
-        AttentionInterface.register(NAME, op.attention_interface)
+    _register(listen)
+    try:
+        yield
+    finally:
+        _register(op.attention_interface)
