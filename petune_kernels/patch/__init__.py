@@ -131,7 +131,7 @@ def _survey(model: nn.Module) -> _Plan:
     plan, part_of = _Plan(), dict[nn.Module, str]()
     seen = trace.observe(model)
     whole = _whole_models(model, seen, plan)
-    groups = {module: group for group in _groups(model, seen) for module in group.modules}
+    groups, strangers = _groups(model, seen)
     for path, module in model.named_modules():
         kind = type(module).__name__
         already = None if pattern.foreign_forward(module) else pattern.pattern_of(module)
@@ -152,6 +152,9 @@ def _survey(model: nn.Module) -> _Plan:
         if already is not None:
             plan.entries.append(Entry(path, kind, already, candidate=True))
             continue
+        if module in strangers:
+            plan.entries.append(Entry(path, kind, reason=strangers[module], candidate=True))
+            continue
         call = seen.calls.get(module)
         if type(module) is nn.Dropout and seen.unused(module):
             plan.entries.append(Entry(path, kind, reason="not called in the model's forward: only its rate is read"))
@@ -163,7 +166,7 @@ def _survey(model: nn.Module) -> _Plan:
             _claim(module, found, parts, part_of)
         elif reason:
             plan.entries.append(Entry(path, kind, reason=reason, candidate=candidate))
-        elif not module._modules:
+        elif not module._modules and not isinstance(module, (nn.ModuleDict, nn.ParameterDict)):
             plan.entries.append(Entry(path, kind, reason="no pattern for this class here"))
     return plan
 
@@ -185,9 +188,19 @@ def _whole_models(model: nn.Module, seen: trace.Trace, plan: _Plan) -> dict[nn.M
     return entries
 
 
-def _groups(model: nn.Module, seen: trace.Trace) -> list[shared_input.Group]:
-    found = [g for g in shared_input.groups(model, seen) if not any("forward" in m.__dict__ for m in g)]
-    return [shared_input.Group(g) for g in found if not shared_input.verify(g)]
+def _groups(model: nn.Module, seen: trace.Trace) -> tuple[dict[nn.Module, shared_input.Group], dict[nn.Module, str]]:
+    """Module -> its group, and module -> why the group it would be in was refused."""
+    groups: dict[nn.Module, shared_input.Group] = {}
+    refused: dict[nn.Module, str] = {}
+    for modules in shared_input.groups(model, seen):
+        if any("forward" in m.__dict__ for m in modules):
+            continue
+        reason = shared_input.verify(modules)
+        if reason:
+            refused |= dict.fromkeys(modules, f"shared_input: {reason}")
+        else:
+            groups |= dict.fromkeys(modules, shared_input.Group(modules))
+    return groups, refused
 
 
 def _claim(module: nn.Module, found: Pattern, parts: Parts, part_of: dict[nn.Module, str]) -> None:

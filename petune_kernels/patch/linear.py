@@ -54,11 +54,11 @@ def projection(module: nn.Module) -> Projection | None:
 
 
 def _parts(module: nn.Module, call: Call | None) -> Sequence[Parts]:
-    return ({},) if type(module) is nn.Linear and module.bias is not None else ()
+    return ({},) if type(module) is nn.Linear else ()
 
 
 def _refuse(module: nn.Module, parts: Parts) -> str:
-    return ""
+    return "it has no bias, and torch's own keeps and computes no more" if module.bias is None else ""
 
 
 def _sample(module: nn.Module, parts: Parts, generator: torch.Generator, call: Call | None) -> tuple[Tensor, ...]:
@@ -78,4 +78,4 @@ def _forward(module: nn.Linear, parts: Parts, x: Tensor) -> Tensor:
     return run(Projection(module.weight, module.bias), x)
 
 
-PATTERN = Pattern("linear", _parts, _refuse, _sample, _forward)
+PATTERN = Pattern("linear", _parts, _refuse, _sample, _forward, sure=False)
