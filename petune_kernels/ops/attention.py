@@ -23,6 +23,7 @@ On CUDA PyTorch's own fused attention (flash) does the work unless a seed or a b
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -193,7 +194,7 @@ def attention_interface(
     dropout: float = 0.0,
     is_causal: bool | None = None,
     **kwargs: Any,
-) -> tuple[Tensor, None]:
+) -> tuple[Tensor, Tensor | None]:
     """`attention` as a transformers attention function: AttentionInterface.register("petune", attention_interface).
 
     query [B, h, S, D]; key, value [B, h_kv, K, D] with h a multiple of h_kv. Returns (o [B, S, h, D], None). Whether a
@@ -202,14 +203,17 @@ def attention_interface(
 
     A position_bias (T5's) is added to the mask. While it trains, torch's own attention runs, which gives its gradient.
 
+    With output_attentions, which needs the [S, K] tensor, the eager function of the model's own file runs.
+
     Raises:
-        ValueError: for what eager attention adds and this op does not: softcap, s_aux (sinks), a cache of pages, or
-            attention weights as an output.
+        ValueError: for what eager attention adds and this op does not: softcap, s_aux (sinks), a cache of pages.
     """
-    for name in ("softcap", "s_aux", "cache", "output_attentions"):
+    for name in ("softcap", "s_aux", "cache"):
         given = kwargs.get(name)
         if given is not None and given is not False:
             raise ValueError(f"attention_interface: {name} is given; not supported, use attn_implementation='eager'")
+    if kwargs.get("output_attentions"):
+        return _with_weights(module, query, key, value, attention_mask, scaling, dropout, is_causal, **kwargs)
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = (t.repeat_interleave(groups, 1) for t in (key, value))
@@ -230,6 +234,25 @@ def attention_interface(
             return _sdpa(query, key, value, attention_mask, dropout, scale, causal).transpose(1, 2), None
         attention_mask = attention_mask.detach()
     return attention(query, key, value, attention_mask, dropout, scaling, causal).transpose(1, 2), None
+
+
+def _with_weights(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None,
+    dropout: float, is_causal: bool | None, **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """transformers' eager attention for this module, with the causal mask that it expects and SDPA does without."""
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    if eager is None:
+        raise ValueError(
+            f"attention_interface: output_attentions is given, and {type(module).__module__} has no eager form"
+        )
+    S, K = query.shape[2], key.shape[2]
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if mask is None and causal and S > 1:
+        hidden = torch.ones(S, K, dtype=torch.bool, device=query.device).triu(1 + K - S)
+        mask = query.new_zeros(1, 1, S, K).masked_fill(hidden, torch.finfo(query.dtype).min)
+    scale = query.shape[3] ** -0.5 if scaling is None else scaling
+    return eager(module, query, key, value, mask, scaling=scale, dropout=dropout, **kwargs)
 
 
 def attention_mask_interface(

@@ -120,7 +120,7 @@ def _restore(before: list[tuple[Any, Any]]) -> None:
 def _listening(called: list[nn.Module]) -> Iterator[None]:
     """Within it, `called` collects the modules that call our attention function."""
 
-    def listen(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
+    def listen(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         called.append(module)
         return op.attention_interface(module, *args, **kwargs)
 

@@ -3,8 +3,9 @@
     z = h + dropout(mixer(norm_1(h)));  out = z + dropout(mlp(norm_2(z)))
 
 A layer with two norms (or nothing in the place of the first), a mixer, a feed-forward block, perhaps one dropout, and
-nothing else. Which is which, and what the layer hands to its mixer, the traced call and verification show. A call with
-arguments that the trace did not have (a cache, cross-attention) takes the layer's own forward.
+nothing else. Which is which, and what the layer hands to its mixer, the traced call and verification show; a cache,
+which the trace does without, goes to the mixer too. A call with other arguments that the trace did not have
+(cross-attention) takes the layer's own forward.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ def _parts(module: nn.Module, call: Call | None) -> Sequence[Parts]:
     taken = list(inspect.signature(type(module).forward).parameters.values())[1:]
     names = tuple(p.name for p in taken if p.kind is p.POSITIONAL_OR_KEYWORD)
     given = dict(zip(names, call.args, strict=False)) | dict(call.kwargs)
-    kwargs = frozenset(n for n, v in given.items() if v is not None and v is not False) - {names[0]}
+    cache = {n for n in ("past_key_values", "use_cache") if n in names}
+    kwargs = frozenset(n for n, v in given.items() if v is not None and v is not False) - {names[0]} | cache
     found = []
     for (first, second), (mixer, mlp) in ((n, b) for n in permutations(norms) for b in permutations(blocks)):
         for reading in norm.readings(module.get_submodule(second)):

@@ -142,3 +142,19 @@ def test_decoder_with_cross_attention(family: str) -> None:
     report = pk.patch(model)
     assert isinstance(model, nn.Module) and "attention" in report.patched.values()
     close(model(**data).logits, own)
+
+
+@torch.no_grad()
+def test_attention_weights(family: str) -> None:
+    """What eager gives; stock's default, sdpa, gives none at all."""
+    model, data = build(family).eval(), inputs(family)
+    model.set_attn_implementation("eager")
+    own = model(**data, output_attentions=True)
+    for implementation in ("eager", "sdpa"):
+        model.set_attn_implementation(implementation)
+        with pk.patched(model):
+            ours = model(**data, output_attentions=True)
+        close(ours.logits, own.logits)
+        assert len(ours.attentions) == len(own.attentions) == 2
+        for a, b in zip(ours.attentions, own.attentions, strict=True):
+            close(a, b)
