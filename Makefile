@@ -15,7 +15,7 @@ ifeq ($(HAS_GPU),)
 export TORCH_CUDA_ARCH_LIST ?= 9.0
 endif
 
-.PHONY: install demo test test-slow gpu-test sanitize check format wheel doctor clean
+.PHONY: install bench demo studies test test-slow gpu-test sanitize check format wheel doctor clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -39,6 +39,15 @@ install: $(VENV)/.installed
 
 demo: install
 	$(BIN)/petune demo $(ARGS)
+
+# The papers' studies on a pretrained MiniLM and real sentences: about an hour on two idle cores; goes on after a stop.
+studies: install
+	for study in transferability stability classification-head; do \
+		$(BIN)/petune study bench/studies/$$study.toml --out bench/results/$$study $(ARGS) || exit 1; done
+
+# make bench ARGS="models --compile"; results go to bench_results/
+bench: install
+	$(BIN)/python -m bench $(ARGS)
 
 doctor: install
 	$(BIN)/petune doctor

@@ -65,14 +65,61 @@ def render() -> str:
     return "\n".join(line for path in demo_results() for line in _column(path))
 
 
+def bench_results() -> list[dict[str, Any]]:
+    """The newest complete result of each benchmark and device; a GPU file holds several benchmarks as its parts."""
+    newest: dict[tuple[str, str], dict[str, Any]] = {}
+    folder = ROOT / "bench" / "results"
+    for path in sorted([*folder.glob("*-bench-*.json"), *folder.glob("*-gpu.json")]):
+        found = json.loads(path.read_text())
+        for part in found.get("parts", [found]):
+            if part["complete"]:
+                newest[part["benchmark"], part["machine"]["device"]] = part
+    return [newest[key] for key in sorted(newest)]
+
+
+def render_bench() -> str:
+    """One table for each result: every case with its providers' medians, and petune's speed-up over eager."""
+    blocks = []
+    for result in bench_results():
+        machine = result["machine"]
+        providers = list(dict.fromkeys(name for row in result["rows"] for name in row["seconds"]))
+        lines = [
+            f"`{result['command']}`, {machine['device']}, {machine['threads']} threads, torch "
+            f"{machine['versions']['torch']}; medians in ms, and eager's time over petune's with its quartiles.",
+            "",
+            f"| {' | '.join(['case', *providers, 'petune over eager'])} |",
+            f"|---|{'--:|' * (len(providers) + 1)}",
+        ]
+        for row in result["rows"]:
+            times = [
+                f"{1e3 * row['seconds'][name]['median']:.4g}" if name in row["seconds"] else "-" for name in providers
+            ]
+            ratio = row["speedup"].get("petune")
+            shown = f"{ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})" if ratio else "-"
+            lines.append(f"| {' | '.join([' '.join(map(str, row['case'].values())), *times, shown])} |")
+        blocks.append("\n".join([*lines, ""]))
+    return "\n".join(blocks)
+
+
+def replaced(text: str, name: str, content: str) -> str:
+    """The text with `content` between the markers of `name`, which must be there once."""
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    after, count = re.subn(f"{begin}.*?{end}", lambda _: f"{begin}\n{content}{end}", text, flags=re.S)
+    if count != 1:
+        raise SystemExit(f"README.md has {count} places between {begin} and {end}; there must be one")
+    return after
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="exit 1 if README differs from the results")
+    check = parser.parse_args().check
     readme = ROOT / "README.md"
     before = readme.read_text()
-    begin, end = "<!-- demo:begin -->", "<!-- demo:end -->"
-    after = re.sub(f"{begin}.*?{end}", lambda _: f"{begin}\n{render()}{end}", before, flags=re.S)
-    if parser.parse_args().check:
+    after = replaced(before, "demo", render())
+    if "<!-- bench:" in before or bench_results():
+        after = replaced(after, "bench", render_bench())
+    if check:
         return int(after != before)
     readme.write_text(after)
     return 0

@@ -7,6 +7,7 @@ import functools
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
@@ -16,6 +17,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+from petune_kernels.studies import commands
 
 app = typer.Typer(
     name="petune",
@@ -52,7 +55,7 @@ def _plain_errors(command: Callable[..., None]) -> Callable[..., None]:
             err.print(f"petune: error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
             raise typer.Exit(2 if isinstance(error, InputError) else 1) from error
         except KeyboardInterrupt as interrupt:
-            err.print("petune: interrupted; no result was written", style="red")
+            err.print("petune: interrupted; what was not finished is not written", style="red")
             raise typer.Exit(130) from interrupt
 
     return run
@@ -156,6 +159,9 @@ def demo(
     out.print(f"result  {files.json}\nfigure  {files.figure}", markup=False, highlight=False, soft_wrap=True)
 
 
+commands.mount(app, _plain_errors, out)
+
+
 @app.command()
 @_plain_errors
 def regimes(
@@ -217,6 +223,27 @@ def doctor() -> None:
         out.print("Nothing is missing.", style="green")
 
 
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False}
+)
+@_plain_errors
+def bench(context: typer.Context) -> None:
+    """Run the benchmark of the repository: petune bench ops, layers, models or overhead, with --help for each.
+
+    The benchmark is no part of the installed package: it needs a checkout, installed editable or run from its root.
+    Without one this command says so and exits with 2.
+    """
+    from petune_kernels.studies.errors import InputError
+
+    root = Path(__file__).resolve().parents[1]
+    if not (root / "bench" / "__main__.py").is_file():
+        raise InputError("the benchmark comes with the repository; clone it, `pip install -e .`, and try again there")
+    sys.path.insert(0, str(root))
+    from bench.__main__ import main
+
+    raise typer.Exit(main(*(context.args or ["--help"])))
+
+
 def _machine() -> dict[str, str]:
     import torch
 
@@ -224,7 +251,9 @@ def _machine() -> dict[str, str]:
 
     facts = machine.describe()
     versions = {name: found or "not installed" for name, found in facts["versions"].items()}
-    fetched = {package.folder: cache.present(package) for package in (cache.MINILM, cache.MOVIES)}
+    fetched = {
+        package.folder: cache.present(package) for package in (cache.MINILM, cache.MOVIES, cache.RATED, cache.COMMENTS)
+    }
     cached = ", ".join(f"{name}: {'there' if there else 'not fetched yet'}" for name, there in fetched.items())
     return {
         "python": facts["python"],

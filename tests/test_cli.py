@@ -41,10 +41,18 @@ def run(*arguments: str):
 def test_without_arguments_it_lists_the_commands_that_exist() -> None:
     shown = run("--help")
     assert shown.exit_code == 0
-    assert set(re.findall(r"^│ (\w+)", shown.output, re.M)) == {"demo", "regimes", "doctor"}
+    assert set(re.findall(r"^│ (\w+)", shown.output, re.M)) == {
+        "demo",
+        "data",
+        "tune",
+        "study",
+        "regimes",
+        "doctor",
+        "bench",
+    }
 
 
-@pytest.mark.parametrize("command", ["demo", "regimes", "doctor"])
+@pytest.mark.parametrize("command", ["demo", "data", "tune", "study", "regimes", "doctor", "bench"])
 def test_every_command_has_help(command: str) -> None:
     shown = run(command, "--help")
     assert shown.exit_code == 0 and "Usage" in shown.output and len(shown.output.splitlines()) > 5

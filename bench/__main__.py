@@ -1,0 +1,152 @@
+"""The benchmark's commands; `python -m bench COMMAND --help` lists the options of each."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+
+from petune_kernels.studies.errors import InputError, StudyError
+from petune_kernels.studies.result import Files
+
+app = typer.Typer(
+    name="bench", help=__doc__, no_args_is_help=True, context_settings={"help_option_names": ["-h", "--help"]}
+)
+console = Console(width=None if sys.stdout.isatty() else 160)
+
+Out = Annotated[Path, typer.Option("--out", help="Folder for JSON, CSV and PNG.", file_okay=False)]
+Rounds = Annotated[int, typer.Option(min=2, help="Turns of each provider.")]
+Device = Annotated[str, typer.Option(help="cpu or cuda; the GPU if there is one.")]
+Batch = Annotated[int, typer.Option(min=1, help="Sequences in a batch.")]
+Length = Annotated[int, typer.Option(min=8, help="Tokens in a sequence.")]
+DTypes = Annotated[list[str], typer.Option("--dtype", help="bfloat16 or float32; may be repeated.")]
+Compile = Annotated[bool, typer.Option("--compile", help="torch.compile, too; compiling takes minutes.")]
+AUTO = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = ["bfloat16", "float32"]
+RESULTS = Path("bench_results")
+
+
+def _check(device: str, dtypes: list[str]) -> None:
+    from . import harness
+
+    harness.check_names("--device", [device], ["cpu", "cuda"])
+    harness.check_names("--dtype", dtypes, DTYPES)
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device is cuda, but PyTorch sees no NVIDIA GPU; accepted here: cpu")
+
+
+@app.callback()
+def _commands() -> None:
+    """Side by side with what people would use instead."""
+
+
+@app.command()
+def models(
+    shape: Annotated[list[str], typer.Option(help="Model shape, random weights; may be repeated.")] = ["minilm"],  # noqa: B006
+    regime: Annotated[list[str] | None, typer.Option(help="Such as 'lora-all p=0.1'; all of them.")] = None,
+    dtype: DTypes = DTYPES,
+    batch: Batch = 16,
+    length: Length = 128,
+    device: Device = AUTO,
+    rounds: Rounds = 15,
+    layers: Annotated[int | None, typer.Option(min=1, help="Cut the model to so many layers.")] = None,
+    compile: Compile = False,
+    memory: Annotated[bool, typer.Option("--memory", help="Peak memory in fresh processes, too.")] = False,
+    saved: Annotated[bool, typer.Option(help="Count the bytes saved for backward.")] = True,
+    out: Out = RESULTS,
+) -> None:
+    """Whole training steps: eager PyTorch or PEFT, patched, and torch.compile if asked for."""
+    from . import models as benchmark
+
+    _check(device, dtype)
+    settings = benchmark.Settings(
+        tuple(shape), tuple(regime or benchmark.REGIMES), tuple(dtype), batch, length, device, rounds, layers, compile,
+        memory, saved,
+    )  # fmt: skip
+    benchmark.run(settings, Files.new(out, "models"), console)
+
+
+@app.command()
+def ops(
+    width: Annotated[list[str], typer.Option(help="Hidden size by model; may be repeated.")] = ["minilm"],  # noqa: B006
+    op: Annotated[list[str] | None, typer.Option(help="Only this op; may be repeated.")] = None,
+    dtype: DTypes = DTYPES,
+    batch: Batch = 16,
+    length: Length = 128,
+    device: Device = AUTO,
+    rounds: Rounds = 15,
+    compile: Compile = False,
+    out: Out = RESULTS,
+) -> None:
+    """Every op, forward and backward: GB/s or TFLOP/s and the share of the floor, eager, peers, torch.compile."""
+    from . import op_runs
+
+    _check(device, dtype)
+    settings = op_runs.Settings(tuple(width), tuple(dtype), tuple(op or ()), batch, length, device, rounds, compile)
+    op_runs.run_ops(settings, Files.new(out, "ops"), console)
+
+
+@app.command()
+def overhead(device: Device = AUTO, rounds: Rounds = 15, out: Out = RESULTS) -> None:
+    """What a call costs before the kernel: every op on 8 x 64 elements, 256 calls a turn, float32."""
+    from . import op_runs
+
+    _check(device, [])
+    settings = op_runs.Settings(("tiny",), ("float32",), (), 1, 8, device, rounds, rotate=1, calls=256)
+    op_runs.run_ops(settings, Files.new(out, "overhead"), console, "overhead")
+
+
+@app.command()
+def layers(
+    shape: Annotated[list[str], typer.Option(help="Model shape, random weights; may be repeated.")] = ["minilm"],  # noqa: B006
+    regime: Annotated[list[str] | None, typer.Option(help="Such as 'lora-all p=0.1'; all of them.")] = None,
+    dtype: DTypes = DTYPES,
+    batch: Batch = 16,
+    length: Length = 128,
+    device: Device = AUTO,
+    rounds: Rounds = 15,
+    compile: Compile = False,
+    out: Out = RESULTS,
+) -> None:
+    """One encoder layer, forward and backward to its input, in every regime."""
+    from . import models as benchmark
+    from . import op_runs
+
+    _check(device, dtype)
+    settings = op_runs.Settings(tuple(shape), tuple(dtype), (), batch, length, device, rounds, compile)
+    op_runs.run_layers(settings, tuple(regime or benchmark.REGIMES), Files.new(out, "layers"), console)
+
+
+@app.command()
+def collect(
+    folder: Annotated[Path, typer.Argument(help="Where the benchmarks wrote their results.", exists=True)],
+    file: Annotated[Path, typer.Argument(help="The one JSON file to write.")],
+) -> None:
+    """Put all results of a folder into one file, the unfinished ones marked so."""
+    parts = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+    if not parts:
+        raise InputError(f"{folder} holds no result")
+    half = file.with_suffix(".part")
+    half.write_text(json.dumps({"parts": parts}, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    half.replace(file)
+
+
+def main(*arguments: str) -> int:
+    """Runs a command and returns the exit code: 2 for bad input, 1 where a result is wrong or Ctrl-C cut it short."""
+    try:
+        app(args=list(arguments) or None)
+    except SystemExit as done:  # usage errors and Ctrl-C have had their message
+        return done.code if isinstance(done.code, int) else 0
+    except (InputError, StudyError) as error:
+        print(f"bench: error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, InputError) else 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

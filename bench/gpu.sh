@@ -1,0 +1,53 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in one command: bash bench/gpu.sh [FOLDER]
+# Builds the extension in place, then ceilings, ops, layers, whole models and peak memory, each behind its gate, into
+# bench/results/DATE-gpu.json. Under nine minutes; nothing is fetched. Every part has a time limit and writes each case
+# as it is finished, so that a part that fails or runs out of time costs neither its earlier cases nor the later parts.
+set -u
+cd "$(dirname "$0")/.."
+PYTHON=${PYTHON:-python3}
+FOLDER=${1:-bench/results}
+PARTS=$(mktemp -d)
+RESULT="$FOLDER/$(date +%Y-%m-%d)-gpu.json"
+FAILED=0
+BUDGET=520 # seconds for all of it
+export TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-9.0} HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" MAX_JOBS=${MAX_JOBS:-$(nproc)}
+mkdir -p "$FOLDER"
+
+part() { # seconds, then the command; a failure is shown, and the next part runs
+    local limit=$1 left=$((BUDGET - SECONDS))
+    shift
+    [ "$limit" -le "$left" ] || limit=$left
+    if [ "$limit" -lt 10 ]; then
+        echo "== no time left for: $*" && FAILED=1
+        return
+    fi
+    echo "== $* (at most ${limit} s)"
+    timeout --signal=INT --kill-after=10 "$limit" "$@" || { echo "== exit $?: $*" && FAILED=1; }
+    "$PYTHON" -m bench collect "$PARTS" "$RESULT" || true # nothing measured yet is no failure of the collection
+}
+
+if ! "$PYTHON" -c "import torch, sys; sys.exit(not torch.cuda.is_available())"; then
+    echo "PyTorch sees no NVIDIA GPU" >&2
+    exit 2
+fi
+timeout 180 "$PYTHON" setup.py -q build_ext --inplace || { echo "the build failed" >&2 && exit 1; }
+"$PYTHON" -m petune_kernels.cli doctor
+
+BENCH=("$PYTHON" -m bench)
+COMMON=(--device cuda --out "$PARTS")
+part 70 "${BENCH[@]}" ops --width bert-base --batch 32 --length 512 --dtype bfloat16 --rounds 9 "${COMMON[@]}"
+part 60 "${BENCH[@]}" models --shape bert-base --batch 32 --length 128 --dtype bfloat16 --rounds 9 \
+    --regime layernorm --regime bitfit --regime "lora-all p=0.1" "${COMMON[@]}"
+part 60 "${BENCH[@]}" models --shape bert-base --batch 32 --length 512 --dtype bfloat16 --rounds 9 --memory \
+    --regime layernorm --regime "lora-all p=0.1" "${COMMON[@]}"
+part 25 "${BENCH[@]}" overhead "${COMMON[@]}"
+part 45 "${BENCH[@]}" ops --width llama --batch 4 --length 4096 --dtype bfloat16 --rounds 7 --op residual_norm \
+    --op bias_act "${COMMON[@]}"
+part 40 "${BENCH[@]}" layers --shape bert-base --batch 32 --length 512 --dtype bfloat16 --rounds 9 \
+    --regime layernorm --regime "lora-all p=0.1" --compile "${COMMON[@]}"
+part 60 "${BENCH[@]}" models --shape roberta-large --batch 32 --length 512 --dtype bfloat16 --rounds 5 \
+    --regime layernorm --compile "${COMMON[@]}"
+echo "result  $RESULT"
+exit "$FAILED"

@@ -1,0 +1,218 @@
+"""The op cases: each op, forward and backward, as one expression of PyTorch and as what it is compared with.
+
+`expression(t, drop)` is what a model would write; `drop` is dropout where the op has it. The gate runs it in float64
+with the very mask that our seed gives, and with no dropout for the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from petune_kernels import reference
+from petune_kernels.ops.attention import attention
+from petune_kernels.ops.bias_act import bias_act
+from petune_kernels.ops.column_sum import column_sum
+from petune_kernels.ops.dropout import dropout
+from petune_kernels.ops.lora_linear import lora_linear
+from petune_kernels.ops.packed_linear import packed_linear
+from petune_kernels.ops.residual_norm import residual_norm
+
+Tensors = Mapping[str, Tensor]
+Drop = Callable[[Tensor], Tensor]
+EPS, RANK, HEAD = 1e-5, 8, 64
+
+
+@dataclass(frozen=True)
+class OpCase:
+    """One op in one use.
+
+    Attributes:
+        shapes: of each input, in the letters of `sizes`.
+        frozen: the inputs that get no gradient.
+        expression: the op in PyTorch, from inputs and dropout.
+        ours: the same from inputs, p and a seed (None: the op draws its own).
+        peers: for each peer, what imports it and returns its call; it computes the same with dropout off.
+        bytes, flops: formulas of forward plus backward in the letters above and s, the bytes of an element. The bytes
+            are those that no implementation can avoid: each operand and result once, each way.
+    """
+
+    op: str
+    use: str
+    shapes: Mapping[str, str]
+    frozen: tuple[str, ...]
+    expression: Callable[[Tensors, Drop], Any]
+    ours: Callable[[Tensors, float, Tensor | None], Any]
+    bytes: str
+    flops: str = "0"
+    p: float = 0.0
+    eager: Callable[[Tensors, float], Any] | None = None
+    peers: Mapping[str, Callable[[], Callable[[Tensors], Any]]] = field(default_factory=dict)
+
+    def eagerly(self, t: Tensors, p: float) -> Any:
+        if self.eager is not None:
+            return self.eager(t, p)
+        return self.expression(t, (lambda x: F.dropout(x, p)) if p else (lambda x: x))
+
+
+def masked(seed: Tensor, p: float) -> Drop:
+    """Dropout with the mask that our kernels draw from this seed."""
+    return lambda x: torch.where(reference.keep_mask(seed, p, x.numel()).reshape(x.shape), x / (1 - p), 0.0)
+
+
+def _norm(t: Tensors, drop: Drop) -> Tensor:
+    z = t["x"] + t["bias"] if "bias" in t else t["x"]
+    z = drop(z) + t["residual"] if "residual" in t else z
+    return F.layer_norm(z, z.shape[-1:], t["gamma"], t["beta"], EPS)
+
+
+def _rms(t: Tensors, drop: Drop) -> Tensor:
+    z = drop(t["x"]) + t["residual"] if "residual" in t else t["x"]
+    return F.rms_norm(z, z.shape[-1:], t["gamma"], EPS)
+
+
+def _our_norm(t: Tensors, p: float, seed: Tensor | None) -> Any:
+    return residual_norm(
+        t["x"], t["gamma"], t.get("beta"), bias=t.get("bias"), residual=t.get("residual"), p=p, eps=EPS,
+        rms="beta" not in t, seed=seed,
+    )  # fmt: skip
+
+
+def _liger_layer_norm() -> Callable[[Tensors], Any]:
+    from liger_kernel.transformers.functional import liger_layer_norm
+
+    return lambda t: liger_layer_norm(t["x"], t["gamma"], t["beta"], EPS)
+
+
+def _liger_rms_norm() -> Callable[[Tensors], Any]:
+    from liger_kernel.transformers.functional import liger_rms_norm
+
+    return lambda t: liger_rms_norm(t["x"], t["gamma"], EPS, in_place=False)
+
+
+def _liger_swiglu() -> Callable[[Tensors], Any]:
+    from liger_kernel.transformers.functional import liger_swiglu
+
+    return lambda t: liger_swiglu(t["u"], t["gate"])
+
+
+def _flash_norm() -> Callable[[Tensors], Any]:
+    from flash_attn.ops.triton.layer_norm import layer_norm_fn
+
+    return lambda t: layer_norm_fn(
+        t["x"], t["gamma"], t.get("beta"), residual=t.get("residual"), eps=EPS, is_rms_norm="beta" not in t
+    )
+
+
+def _quack_norm() -> Callable[[Tensors], Any]:
+    from quack import rmsnorm
+
+    return lambda t: rmsnorm(t["x"], t["gamma"], residual=t.get("residual"), eps=EPS)
+
+
+def _apex_layer_norm() -> Callable[[Tensors], Any]:
+    from apex.normalization.fused_layer_norm import fused_layer_norm_affine
+
+    return lambda t: fused_layer_norm_affine(t["x"], t["gamma"], t["beta"], t["x"].shape[-1:], EPS)
+
+
+def _apex_rms_norm() -> Callable[[Tensors], Any]:
+    from apex.normalization.fused_layer_norm import fused_rms_norm_affine
+
+    return lambda t: fused_rms_norm_affine(t["x"], t["gamma"], t["x"].shape[-1:], EPS)
+
+
+def _lorafusion() -> Callable[[Tensors], Any]:
+    from lorafusion.ops.lora_v1 import fused_linear_lora
+
+    return lambda t: fused_linear_lora(
+        t["x"].unsqueeze(0), t["w"], t["a"], t["b"], 2.0, seed=0, dropout_p=0.0, linear_bias=t["c"]
+    ).squeeze(0)
+
+
+def _lora(t: Tensors, drop: Drop) -> Tensor:
+    return F.linear(t["x"], t["w"], t["c"]) + 2.0 * F.linear(F.linear(drop(t["x"]), t["a"]), t["b"])
+
+
+def _our_lora(t: Tensors, p: float, seed: Tensor | None) -> Any:
+    return lora_linear(t["x"], t["w"], t["c"], t["a"], t["b"], scale=2.0, p=p, seed=seed)
+
+
+def _attention(t: Tensors, drop: Drop) -> Tensor:
+    return drop(torch.softmax(t["q"] @ t["k"].mT * HEAD**-0.5, -1)) @ t["v"]
+
+
+def _packed(t: Tensors, drop: Drop) -> tuple[Tensor, ...]:
+    return tuple(F.linear(t["x"], t[f"w{i}"], t[f"c{i}"]) for i in range(3))
+
+
+_NORM = {"x": "T H", "gamma": "H", "beta": "H"}
+_RMS = {"x": "T H", "gamma": "H"}
+_LORA = {"x": "T H", "w": "H H", "c": "H", "a": "r H", "b": "H r"}
+_HEADS = {name: "B h S D" for name in "qkv"}
+_LORA_FLOPS = "4*T*H*H + 12*T*r*H"  # the frozen product forward and back, the update's two products and their gradients
+_LORA_BYTES = "s*(5*T*H + 2*H*H)"
+_ATTENTION_FLOPS = "14*T*S*H"  # two products forward, five backward: the scores are computed again
+_PROJECTIONS = {"x": "T H"} | {f"w{i}": "H H" for i in range(3)} | {f"c{i}": "H" for i in range(3)}
+
+CASES = (
+    OpCase("residual_norm", "layernorm", _NORM, (), _norm, _our_norm, "5*T*H*s",
+           peers={"liger": _liger_layer_norm, "flash-attn": _flash_norm, "apex": _apex_layer_norm}),
+    OpCase("residual_norm", "layernorm residual", _NORM | {"residual": "T H"}, (), _norm, _our_norm, "6*T*H*s",
+           peers={"flash-attn": _flash_norm}),
+    OpCase("residual_norm", "layernorm residual bias p=0.1", _NORM | {"residual": "T H", "bias": "H"}, (), _norm,
+           _our_norm, "7*T*H*s", p=0.1),
+    OpCase("residual_norm", "rmsnorm", _RMS, (), _rms, _our_norm, "5*T*H*s",
+           peers={"liger": _liger_rms_norm, "flash-attn": _flash_norm, "quack": _quack_norm, "apex": _apex_rms_norm}),
+    OpCase("residual_norm", "rmsnorm residual", _RMS | {"residual": "T H"}, (), _rms, _our_norm, "6*T*H*s",
+           peers={"flash-attn": _flash_norm, "quack": _quack_norm}),
+    OpCase("bias_act", "gelu bias", {"u": "T N", "bias": "N"}, (), lambda t, drop: F.gelu(t["u"] + t["bias"]),
+           lambda t, p, seed: bias_act(t["u"], t["bias"]), "5*T*N*s"),
+    OpCase("bias_act", "silu gate", {"u": "T N", "gate": "T N"}, (), lambda t, drop: F.silu(t["u"]) * t["gate"],
+           lambda t, p, seed: bias_act(t["u"], act="silu", gate=t["gate"]), "8*T*N*s", peers={"liger": _liger_swiglu}),
+    OpCase("column_sum", "bias gradient", {"x": "T N"}, ("x",), lambda t, drop: t["x"].sum(0, keepdim=True),
+           lambda t, p, seed: column_sum(t["x"]), "T*N*s"),
+    OpCase("dropout", "p=0.1", {"x": "T H"}, (), lambda t, drop: drop(t["x"]),
+           lambda t, p, seed: dropout(t["x"], p, seed=seed) if p else t["x"] * 1, "4*T*H*s", p=0.1),
+    *(OpCase("attention", f"p={p}", _HEADS, (), _attention,
+             lambda t, p, seed: attention(t["q"], t["k"], t["v"], p=p, seed=seed), "12*T*H*s", _ATTENTION_FLOPS, p=p,
+             eager=lambda t, p: F.scaled_dot_product_attention(t["q"], t["k"], t["v"], dropout_p=p))
+      for p in (0.0, 0.1)),
+    *(OpCase("lora_linear", f"p={p}", _LORA, ("w", "c"), _lora, _our_lora, _LORA_BYTES, _LORA_FLOPS, p=p,
+             peers={} if p else {"lorafusion": _lorafusion}) for p in (0.0, 0.1)),
+    OpCase("packed_linear", "q k v", _PROJECTIONS, ("w0", "w1", "w2"), _packed,
+           lambda t, p, seed: packed_linear(t["x"], [t[f"w{i}"] for i in range(3)], [t[f"c{i}"] for i in range(3)]),
+           "s*(8*T*H + 6*H*H)", "12*T*H*H"),
+)  # fmt: skip
+
+
+def sizes(batch: int, length: int, hidden: int, dtype: torch.dtype) -> dict[str, int]:
+    """The letters: T tokens of B sequences of S, N = 4 H, r the rank, h heads of D, s bytes an element."""
+    return {
+        "B": batch, "S": length, "T": batch * length, "H": hidden, "N": 4 * hidden, "r": RANK, "h": hidden // HEAD,
+        "D": HEAD, "s": dtype.itemsize,
+    }  # fmt: skip
+
+
+def evaluate(formula: str, letters: Mapping[str, int]) -> float:
+    return float(eval(formula, {"__builtins__": {}}, dict(letters)))
+
+
+def inputs(case: OpCase, letters: Mapping[str, int], dtype: torch.dtype, device: torch.device, seed: int) -> Tensors:
+    """Random inputs; a matrix of weights is scaled so that what it gives is of the size of x."""
+    generator = torch.Generator().manual_seed(seed)
+    found = {}
+    for name, shape in case.shapes.items():
+        lengths = [letters[letter] for letter in shape.split()]
+        weight = len(lengths) == 2 and shape[0] != "T"
+        value = torch.randn(lengths, generator=generator) * (lengths[1] ** -0.5 if weight else 1.0)
+        found[name] = value.to(device, dtype).requires_grad_(name not in case.frozen)
+    if case.op == "packed_linear":  # the weights behind one another, as patch() lays them
+        weights = [name for name in found if name.startswith("w")]
+        found |= zip(weights, torch.cat([found[name] for name in weights]).chunk(len(weights)), strict=True)
+    return found

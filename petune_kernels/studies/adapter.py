@@ -1,0 +1,154 @@
+"""Bottleneck adapters (Houlsby et al. 2019; Pfeiffer et al. 2021) in post-norm blocks such as BERT's and RoBERTa's.
+
+    y = dense(x);    dense'(x) = y + up(relu(down(y))),    down [H/r, H], up [H, H/r], both with biases
+
+stands in the place of a block's closing projection, so it comes before the dropout, the residual sum and the LayerNorm:
+Houlsby's has one after attention and one after the feed-forward network, Pfeiffer's the latter only. (AdapterHub's
+Pfeiffer configuration runs the pretrained LayerNorm once more before its adapter; the parameters are the same ones.)
+Per block and place that is 2 H (H/r) + H/r + H parameters. `pk.patch` may come before or after.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from petune_kernels.regimes.structure import read
+
+PLACEMENTS = {"pfeiffer": ("ffn",), "houlsby": ("attention", "ffn")}
+_CONFIG, _WEIGHTS = "adapter_config.json", "adapter.safetensors"
+
+
+class Adapted(nn.Module):
+    """A projection [.., K] -> [.., H] followed by a bottleneck with a residual of its own."""
+
+    def __init__(self, dense: nn.Linear, width: int, std: float):
+        super().__init__()
+        self.in_features, self.out_features = dense.in_features, dense.out_features
+        self.dense = dense
+        self.down = nn.Linear(dense.out_features, width).to(dense.weight)
+        self.act = nn.ReLU()
+        self.up = nn.Linear(width, dense.out_features).to(dense.weight)
+        for linear in (self.down, self.up):  # small, so that tuning starts near the pretrained function
+            nn.init.normal_(linear.weight, std=std)
+            nn.init.zeros_(linear.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.dense(x)
+        return y + self.up(self.act(self.down(y)))
+
+    def new_parameters(self) -> list[nn.Parameter]:
+        return [*self.down.parameters(), *self.up.parameters()]
+
+
+def insert(model: nn.Module, placement: str = "pfeiffer", reduction: int = 64, std: float = 0.02) -> list[nn.Parameter]:
+    """Puts an adapter into every block; gives their parameters. What trains is left for the caller to choose.
+
+    reduction: the bottleneck is H // reduction wide. std: of the initial weights, from torch's generator.
+    Raises ValueError for an unknown placement, a reduction outside 1 to H, a model that has adapters already, and a
+    model whose blocks do not close with dense, dropout and LayerNorm (pre-norm models). The model is then as before.
+    """
+    if placement not in PLACEMENTS:
+        raise ValueError(f"placement is {placement!r}; accepted are {', '.join(PLACEMENTS)}")
+    if type(reduction) is not int or reduction < 1:
+        raise ValueError(f"reduction is {reduction!r}; accepted is an int from 1")
+    if adapters(model):
+        raise ValueError("model: it has adapters already; remove() takes them out")
+    places = _places(model, PLACEMENTS[placement])
+    if narrow := [path for path, tail, name in places if _linear(tail, name).out_features < reduction]:
+        raise ValueError(f"reduction is {reduction}, more than the width of {narrow[0]}")
+    added: list[nn.Parameter] = []
+    for _, tail, name in places:
+        dense = _linear(tail, name)
+        adapted = Adapted(dense, dense.out_features // reduction, std).train(tail.training)
+        setattr(tail, name, adapted)
+        added += adapted.new_parameters()
+    return added
+
+
+def remove(model: nn.Module) -> None:
+    """Takes all adapters out again: the very same projections as before `insert`."""
+    for path in adapters(model):
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, model.get_submodule(path).dense)
+
+
+def adapters(model: nn.Module) -> dict[str, Adapted]:
+    return {path: module for path, module in model.named_modules() if isinstance(module, Adapted)}
+
+
+def save(model: nn.Module, folder: Path) -> None:
+    """Writes adapter.safetensors (the adapters alone) and adapter_config.json. ValueError without adapters."""
+    found = adapters(model)
+    if not found:
+        raise ValueError("model: it has no adapter to save")
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({k: v.detach().cpu().contiguous() for k, v in _state(found).items()}, folder / _WEIGHTS)
+    widths = {path: module.down.out_features for path, module in found.items()}
+    (folder / _CONFIG).write_text(json.dumps({"bottleneck": widths}, indent=1) + "\n", encoding="utf-8")
+
+
+@torch.no_grad()
+def load(model: nn.Module, folder: Path) -> list[nn.Parameter]:
+    """Puts the adapters of `save` into a model without any. ValueError where they do not fit; it is then as before."""
+    if adapters(model):
+        raise ValueError("model: it has adapters already; remove() takes them out")
+    widths = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))["bottleneck"]
+    tensors = load_file(folder / _WEIGHTS)
+    places = {path: (tail, name) for path, tail, name in _places(model, PLACEMENTS["houlsby"])}
+    if unknown := sorted(widths.keys() - places.keys()):
+        raise ValueError(f"{folder} has an adapter for {unknown[0]}, which this model lacks")
+    built = {path: Adapted(_linear(*places[path]), width, 0.0) for path, width in widths.items()}
+    wanted = _state(built)
+    shapes = {key: tuple(value.shape) for key, value in tensors.items()}
+    if shapes != {key: tuple(value.shape) for key, value in wanted.items()}:
+        raise ValueError(f"{folder / _WEIGHTS} does not fit this model: other names or shapes")
+    for key, value in wanted.items():
+        value.copy_(tensors[key])
+    for path, module in built.items():
+        tail, name = places[path]
+        setattr(tail, name, module.train(tail.training))
+    return [p for module in built.values() for p in module.new_parameters()]
+
+
+def _state(found: dict[str, Adapted]) -> dict[str, Tensor]:
+    return {
+        f"{path}.{part}.{name}": p
+        for path, module in found.items()
+        for part in ("down", "up")
+        for name, p in getattr(module, part).named_parameters()
+    }
+
+
+def _places(model: nn.Module, parts: tuple[str, ...]) -> list[tuple[str, nn.Module, str]]:
+    """Path of each closing projection of the blocks' `parts`, the module that holds it and its name there."""
+    anatomy = read(model)
+    part_of = {member.name: member for member in anatomy.members}
+    places, served = [], set()
+    for path, module in model.named_modules():
+        names = {type(child): name for name, child in module.named_children()}
+        if names.keys() != {nn.Linear, nn.Dropout, nn.LayerNorm} or len(module._modules) != 3:
+            continue
+        name = f"{path}.{names[nn.Linear]}"
+        member = part_of.get(f"{name}.weight")
+        if member is not None and member.part in parts:
+            places.append((name, module, names[nn.Linear]))
+            served.add((member.block, member.part))
+    missing = {(block, part) for block in range(len(anatomy.blocks)) for part in parts} - served
+    if missing:
+        block, part = min(missing)
+        raise ValueError(
+            f"model: block {block} of {type(model).__name__} does not close its {part} with a module that holds an "
+            "nn.Linear, an nn.Dropout and an nn.LayerNorm; adapters are for such post-norm blocks"
+        )
+    return places
+
+
+def _linear(tail: nn.Module, name: str) -> nn.Linear:
+    linear = getattr(tail, name)
+    assert isinstance(linear, nn.Linear)
+    return linear

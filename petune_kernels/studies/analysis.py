@@ -1,0 +1,156 @@
+"""What tuning did to a model: features at the head, their change, the change of weights, the size of weights.
+
+`analyse` does all of it for a study: the first seed of every method is tuned once more, and its model is kept.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from petune_kernels.regimes.structure import read
+
+from . import pictures, runner
+from .errors import InputError
+from .study import Study
+from .tasks import Examples
+
+ROWS = 200
+"""Rows of each part whose features are read; t-SNE of more is slow and hard to look at."""
+
+
+@torch.no_grad()
+def features(model: nn.Module, tokenizer: Any, examples: Examples, length: int = 128, batch: int = 32) -> np.ndarray:
+    """What the model's last linear of the head is given, as float32 [rows, width], dropout off.
+
+    Raises InputError for a model without a linear outside its base model.
+    """
+    unwrap: Any = getattr(model, "get_base_model", lambda: model)  # what PEFT has wrapped
+    plain: nn.Module = unwrap()
+    base = getattr(plain, "base_model", None)
+    inside = {id(m) for m in base.modules()} if isinstance(base, nn.Module) and base is not plain else set()
+    heads = [m for m in plain.modules() if isinstance(m, nn.Linear) and id(m) not in inside]
+    if not heads:
+        raise InputError(f"{type(model).__name__} has no linear outside its base model whose input could be read")
+    found: list[Tensor] = []
+    handle = heads[-1].register_forward_pre_hook(lambda module, inputs: found.append(inputs[0].float().cpu()))
+    training, device = model.training, heads[-1].weight.device
+    model.eval()
+    try:
+        for start in range(0, len(examples), batch):
+            part = examples.take(range(start, min(start + batch, len(examples))))
+            texts = (part.texts, part.pairs) if part.pairs is not None else (part.texts,)
+            inputs = tokenizer(*texts, truncation=True, max_length=length, padding=True, return_tensors="pt")
+            model(**inputs.to(device))
+    finally:
+        handle.remove()
+        model.train(training)
+    return torch.cat(found).numpy()
+
+
+def feature_change(before: np.ndarray, after: np.ndarray) -> float:
+    """The mean over rows of the L2 distance between two models' features of the same rows."""
+    if before.shape != after.shape:
+        raise InputError(f"features have the shapes {before.shape} and {after.shape}; expected the same")
+    return float(np.linalg.norm(after - before, axis=-1).mean())
+
+
+@torch.no_grad()
+def weight_change(model: nn.Module, pretrained: Mapping[str, Tensor]) -> dict[str, float]:
+    """Mean |delta w| of each parameter that stands in `pretrained` (a state dict) under the same name and shape.
+
+    What is new, such as a head or an adapter, has no pretrained value and is left out. Raises InputError where no name
+    is shared.
+    """
+    parameters = {n: p for n, p in model.named_parameters() if n in pretrained and pretrained[n].shape == p.shape}
+    if not parameters:
+        raise InputError("the model and the pretrained state share no parameter name")
+    return {n: (p.double().cpu() - pretrained[n].double().cpu()).abs().mean().item() for n, p in parameters.items()}
+
+
+@torch.no_grad()
+def weight_magnitude(model: nn.Module) -> dict[str, float]:
+    """Mean |w| of the blocks' weights by kind of module, biases apart: "attention norm", "ffn linear", ...
+
+    The first paper's explanation of why LayerNorms transfer: their weights are the largest.
+    """
+    parameters = dict(model.named_parameters())
+    sums: dict[str, list[float]] = {}
+    for member in read(model).members:
+        kind = f"{member.part} {member.kind}{' bias' if member.is_bias else ''}"
+        weight = parameters[member.name].double().abs()
+        total = sums.setdefault(kind, [0.0, 0.0])
+        total[0] += weight.sum().item()
+        total[1] += weight.numel()
+    return {kind: total / count for kind, (total, count) in sorted(sums.items())}
+
+
+def analyse(study: Study, folder: Path, device: str, say: Callable[[str], None] = lambda line: None) -> list[Path]:
+    """Tunes the first seed of each method on each task again and writes what it did to the model; returns the files.
+
+    For each task: t-SNE of features of the training and the test part (classification), mean |delta w| by block, the
+    features' mean L2 change, and the numbers as JSON. For the study: mean |w| by kind of module before tuning.
+    """
+    from .train import load_model, load_tokenizer
+
+    source = runner.model_folder(study.model)
+    tokenizer = load_tokenizer(source)
+    written: list[Path] = []
+    first = study.seeds.first
+    runs = [r for r in runner.plan(study) if r.wi == r.do == first and r.patched == max(study.patched)]
+    runs = [r for r in runs if r.vary == study.seeds.vary[0] and r.stop_on in ("", "loss")]
+    for title in dict.fromkeys((r.task.title, r.task.protocol) for r in runs):
+        mine = [r for r in runs if (r.task.title, r.task.protocol) == title]
+        task = runner.load_task(mine[0].task)
+        parts = {"train": task.train, "test": next(iter(task.tests.values()))}
+        parts = {name: part.take(range(min(ROWS, len(part)))) for name, part in parts.items()}
+        before = load_model(source, task.labels, first, torch.float32, torch.device(device))
+        state = {name: value.detach().cpu().clone() for name, value in before.state_dict().items()}
+        points: dict[str, tuple[np.ndarray, Any]] = {}
+        moved: dict[str, dict[str, float]] = {}
+        numbers: dict[str, Any] = {}
+        for one in mine:
+            say(f"analysing {one.id}")
+            model = runner.tuned(study, one, device, keep_model=True).model
+            length = runner.recipe_of(study, one).length
+            numbers[one.method.title] = {"features": {}, "weights": weight_change(model, state)}
+            moved[one.method.title] = _by_block(numbers[one.method.title]["weights"])
+            for name, part in parts.items():
+                now = features(model, tokenizer, part, length)
+                change = feature_change(features(before, tokenizer, part, length), now)
+                numbers[one.method.title]["features"][name] = change
+                points[f"{one.method.title}, {name}"] = (now, part.labels)
+        stem = "analysis-" + re.sub(r"\W+", "-", "-".join(title)).strip("-")
+        figures = {
+            "weights": pictures.bars(moved, f"{title[0]}: change of weights", "mean |Δw|"),
+            "features": pictures.bars(
+                {name: values["features"] for name, values in numbers.items()},
+                f"{title[0]}: change of features",
+                "mean L2 distance",
+            ),
+            "magnitudes": pictures.bars({"pretrained": weight_magnitude(before)}, "Size of weights", "mean |w|"),
+        }
+        if not task.regression:
+            figures["tsne"] = pictures.tsne(points, task.names)
+        for name, figure in figures.items():
+            written.append(folder / f"{stem}-{name}.png")
+            figure.savefig(written[-1])
+        written.append(folder / f"{stem}.json")
+        written[-1].write_text(json.dumps(numbers | {"magnitudes": weight_magnitude(before)}, indent=1) + "\n")
+    return written
+
+
+def _by_block(changes: Mapping[str, float]) -> dict[str, float]:
+    """Mean of the parameters' changes by block number; what is in no block is left out."""
+    groups: dict[int, list[float]] = {}
+    for name, change in changes.items():
+        if found := re.search(r"\.(\d+)\.", name):
+            groups.setdefault(int(found[1]), []).append(change)
+    return {f"block {k + 1}": sum(values) / len(values) for k, values in sorted(groups.items())}

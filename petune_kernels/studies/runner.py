@@ -1,0 +1,235 @@
+"""Runs a study: what is already done is skipped, the rest goes over processes or ranks, each result to disk at once.
+
+With `jobs` processes the parent alone writes. Under torchrun every rank takes each world_size-th run and writes a file
+of its own, so ranks need no talk; a later start with another number of ranks, or none, goes on where they stopped.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import functools
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from . import cache, machine, splits, store
+from .errors import InputError, StudyError
+from .study import Run, Study, check_keys
+from .tasks import TaskData
+
+Execute = Callable[[Study, Run, str, Callable[[int, int, float], None] | None], dict[str, Any]]
+"""(study, run, device, progress) -> record; progress(steps done, steps in all, loss) or None."""
+
+
+def rank() -> tuple[int, int]:
+    """This process's place among those that torchrun started, and their number; (0, 1) without torchrun."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def local_device(device: str) -> str:
+    """The device of this rank: under torchrun, "cuda" is the GPU of its local rank."""
+    return f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and "LOCAL_RANK" in os.environ else device
+
+
+def model_folder(model: str, say: Callable[[str], None] = lambda line: None) -> Path:
+    """The folder that a study's `model` names; "minilm" is fetched where the cache lacks it."""
+    if model == "minilm":
+        return cache.fetch(cache.MINILM, say)
+    if not Path(model).is_dir():
+        raise InputError(f"model is {model!r}; accepted is a folder of a transformers model, or minilm")
+    return Path(model)
+
+
+def plan(study: Study, say: Callable[[str], None] = lambda line: None) -> list[Run]:
+    """All runs of the study, after a check of its methods, recipes and data, so that no run finds a fault in them."""
+    layers = None
+    folder = model_folder(study.model, say)
+    if any(method.each_layer for method in study.methods):
+        from .train import read_config
+
+        layers = read_config(folder, 2).num_hidden_layers
+    runs = study.runs(layers)
+    for run in {run.method.title + run.stop_on: run for run in runs}.values():
+        method_of(run)
+        recipe_of(study, run)
+    for task in {run.task.title + run.task.protocol: run.task for run in runs}.values():
+        load_task(task)
+    return runs
+
+
+def tuned(study: Study, run: Run, device: str, **more: Any) -> Any:
+    """The `Outcome` of one run; `more` goes to `tune_once`."""
+    from .single import Seeds, tune_once
+
+    recipe, seeds = recipe_of(study, run), Seeds(wi=run.wi, do=run.do)
+    more |= {"patched": run.patched, "dropout": study.dropout, "device": device}
+    return tune_once(model_folder(study.model), method_of(run), load_task(run.task), recipe, seeds, **more)
+
+
+def execute(
+    study: Study, run: Run, device: str, progress: Callable[[int, int, float], None] | None = None
+) -> dict[str, Any]:
+    """One run, as a record for the result file."""
+    record = describe(run, load_task(run.task)) | {"outcome": plain(tuned(study, run, device, progress=progress))}
+    return record | {"finished": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+
+
+def plain(outcome: Any) -> dict[str, Any]:
+    """An `Outcome` as a dict, without the model."""
+    return {f.name: getattr(outcome, f.name) for f in dataclasses.fields(outcome) if f.name != "model"}
+
+
+def describe(run: Run, task: TaskData) -> dict[str, Any]:
+    """What a record says about its run beside the outcome."""
+    return {
+        "id": run.id,
+        "task": run.task.title,
+        "source": run.task.name,
+        "method": run.method.title,
+        "label": run.method.label or run.method.name,
+        "scale": run.method.scale,
+        "layer": run.method.options.get("layers"),
+        "protocol": run.task.protocol,
+        "leaky": run.task.leaky,
+        "stop_on": run.stop_on,
+        "vary": run.vary,
+        "wi": run.wi,
+        "do": run.do,
+        "patched": run.patched,
+        "primary": task.primary,
+        "baseline": task.baseline,
+        "rows": {"train": len(task.train), "validation": len(task.validation), "dropped": task.dropped}
+        | {name: len(part) for name, part in task.tests.items()},
+    }
+
+
+def run(
+    study: Study,
+    folder: Path,
+    *,
+    jobs: int = 1,
+    device: str = "cpu",
+    console: Console | None = None,
+    execute: Execute = execute,
+    runs: list[Run] | None = None,
+) -> list[dict[str, Any]]:
+    """Carries the study out in `folder` and returns the records of all its runs that are done.
+
+    jobs: processes that share this machine's threads. Whatever ends this early, runs that were finished are on disk,
+    and the same call goes on with the rest. Raises InputError before the first run for anything a study file has
+    wrong; StudyError, naming the run, when one could not be carried out.
+    """
+    console = console or Console(quiet=True)
+    if jobs < 1:
+        raise InputError(f"--jobs is {jobs}; accepted is at least 1")
+    runs = plan(study, console.print) if runs is None else runs
+    place, world = rank()
+    device = local_device(device)
+    path = folder / ("runs.jsonl" if world == 1 else f"runs.{place}.jsonl")
+    header = {"spec": dataclasses.asdict(study), "command": " ".join(["petune", *sys.argv[1:]])}
+    with store.Store(path, study, header | {"machine": machine.describe()}) as results:
+        if results.recovered:
+            console.print(f"{path}: half a line at the end was cut off; its run is done again", markup=False)
+        done = store.collect(folder, study)
+        todo = [r for i, r in enumerate(runs) if i % world == place and r.id not in done]
+        columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
+        with Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=console) as progress:
+            mine = len([r for i, r in enumerate(runs) if i % world == place])
+            bar = progress.add_task(study.name, total=mine, completed=mine - len(todo))
+            steps = progress.add_task("steps of this run", total=None, visible=jobs == 1)
+
+            def advance(done: int, total: int, loss: float) -> None:
+                progress.update(steps, completed=done, total=total)
+
+            work: Iterator[dict[str, Any]]
+            if jobs == 1:
+                work = (_named(study, one, device, execute, advance) for one in todo)
+            else:
+                work = _apart(study, todo, device, execute, jobs)
+            for record in work:
+                results.append(record)
+                progress.update(bar, advance=1, description=record["id"])
+    return list(store.collect(folder, study).values())
+
+
+def _apart(study: Study, todo: list[Run], device: str, execute: Execute, jobs: int) -> Iterator[dict[str, Any]]:
+    threads = max(1, torch.get_num_threads() // jobs)
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(jobs, context, initializer=_worker, initargs=(threads, os.getpid()))
+    try:
+        waiting = iter(todo)
+        flying = {
+            pool.submit(_named, study, one, device, execute) for _, one in zip(range(jobs), waiting, strict=False)
+        }
+        while flying:
+            landed, flying = wait(flying, return_when=FIRST_COMPLETED)
+            for future in landed:
+                yield future.result()
+                if (one := next(waiting, None)) is not None:
+                    flying.add(pool.submit(_named, study, one, device, execute))
+    except BrokenProcessPool as error:
+        raise StudyError("a process of the study died (out of memory?); fewer --jobs may help") from error
+    except BaseException:
+        for child in multiprocessing.active_children():
+            child.terminate()
+        raise
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _named(study: Study, one: Run, device: str, execute: Execute, progress: Any = None) -> dict[str, Any]:
+    try:
+        return execute(study, one, device, progress)
+    except Exception as error:
+        kind = InputError if isinstance(error, InputError) else StudyError
+        raise kind(f"run {one.id}: {type(error).__name__}: {error}") from error
+
+
+def _worker(threads: int, parent: int) -> None:
+    """A process of `--jobs`: its share of the threads, deaf to Ctrl-C (the parent ends it), gone with its parent."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: a killed parent cannot end it any more
+        if os.getppid() != parent:
+            sys.exit(1)
+    torch.set_num_threads(threads)
+
+
+@functools.lru_cache(maxsize=8)
+def load_task(task: splits.TaskSpec) -> TaskData:
+    """The task's data; the last few stay in memory for the next run."""
+    return splits.load(task)
+
+
+def method_of(run: Run) -> Any:
+    """The run's `Method`; InputError for a name or option that methods.py does not know."""
+    from .methods import method
+
+    try:
+        return method(run.method.name, **run.method.options)
+    except (ValueError, TypeError) as error:
+        raise InputError(f"method {run.method.title!r}: {error}") from error
+
+
+def recipe_of(study: Study, run: Run) -> Any:
+    """The run's `Recipe`: the study's with the method's changes; keys are strict."""
+    from .single import Recipe
+
+    changes = study.recipe | run.method.recipe | ({"stop_on": run.stop_on} if run.stop_on else {})
+    check_keys(changes, [f.name for f in dataclasses.fields(Recipe)], f"recipe of {run.method.title!r}")
+    try:
+        return Recipe(**changes)
+    except (ValueError, TypeError) as error:
+        raise InputError(f"recipe of {run.method.title!r}: {error}") from error

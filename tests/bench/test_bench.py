@@ -1,0 +1,190 @@
+"""The benchmark at its smallest: gates that refuse, results that grow, tables and charts of what was measured."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import json
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from typer.testing import CliRunner
+
+from bench import harness, models, op_runs, ops, readme
+from bench.__main__ import app, main
+from petune_kernels.studies.errors import InputError, StudyError
+from petune_kernels.studies.result import Files
+
+ROOT = Path(__file__).resolve().parents[2]
+CPU, QUIET = torch.device("cpu"), Console(quiet=True)
+TINY = op_runs.Settings(("tiny",), ("float32",), (), 2, 8, "cpu", rounds=2, rotate=1)
+CEILING = {"copy_bytes_per_second": 1e9, "matmul_flops_per_second": 1e10}
+NORM, DROPOUT = (next(case for case in ops.CASES if case.op == op) for op in ("residual_norm", "dropout"))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("case", ops.CASES, ids=lambda case: f"{case.op} {case.use}")
+def test_every_op_passes_its_gate_and_has_a_time(case: ops.OpCase, dtype: str) -> None:
+    row = op_runs.measure_op(case, 64, dtype, TINY, CEILING)
+    assert harness.OURS not in row["refused"], row["refused"]
+    assert row["gate"][harness.OURS]["p"] == case.p and set(row["seconds"]) == {harness.EAGER, harness.OURS}
+    assert set(row["refused"]) == set(case.peers)  # without a GPU none of them runs, and each says so
+    assert row["speedup"][harness.OURS] == row["petune_over"][harness.EAGER]
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        lambda t, p, seed: 1.001 * NORM.ours(t, p, seed),
+        lambda t, p, seed: NORM.ours({**t, "beta": t["beta"].detach() + 0 * t["beta"]}, p, seed),
+        lambda t, p, seed: NORM.ours(t, p, seed) * float("nan"),
+        lambda t, p, seed: (_ for _ in ()).throw(RuntimeError("no kernel")),
+    ],
+    ids=["output", "gradient", "nan", "error"],
+)
+def test_a_wrong_provider_gets_no_time(broken) -> None:
+    row = op_runs.measure_op(dataclasses.replace(NORM, ours=broken), 64, "float32", TINY, CEILING)
+    assert harness.OURS in row["refused"] and harness.OURS not in row["seconds"]
+    json.dumps(row, allow_nan=False)
+
+
+def test_the_gate_of_dropout_knows_the_mask_of_a_seed() -> None:
+    other = dataclasses.replace(DROPOUT, ours=lambda t, p, seed: DROPOUT.ours(t, p, seed + 1))
+    row: harness.Row = {"gate": {}, "refused": {}}
+    letters = ops.sizes(2, 8, 64, torch.float32)
+    op_runs.check_op(other, {harness.EAGER: lambda t, p, seed: other.eagerly(t, p), harness.OURS: other.ours}, letters,
+                     torch.float32, CPU, row)  # fmt: skip
+    assert "wrong" in row["refused"][harness.OURS]
+
+
+def test_shares_of_the_floor_by_hand() -> None:
+    row = {"seconds": {"petune": {"median": 1e-3}}}
+    found = op_runs.shares(NORM, ops.sizes(10, 10, 64, torch.float32), row, CEILING)
+    assert found["floor_seconds"] == pytest.approx(5 * 100 * 64 * 4 / 1e9)
+    assert found["share_of_floor"]["petune"] == pytest.approx(0.128) and found["rate"]["petune"] == "0.128 GB/s"
+
+
+@pytest.fixture(scope="module")
+def step(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    folder = tmp_path_factory.mktemp("models")
+    settings = models.Settings(
+        regimes=("layernorm", "lora-qv p=0.1"), dtypes=("bfloat16",), batch=2, length=8, rounds=2, layers=3
+    )
+    return models.run(settings, Files.new(folder, "models"), QUIET) | {"folder": folder}
+
+
+def test_whole_steps_are_gated_timed_and_written(step: dict) -> None:
+    (path,) = step["folder"].glob("*.json")
+    written = {name: value for name, value in step.items() if name != "folder"}
+    assert json.loads(path.read_text()) == json.loads(json.dumps(written))
+    assert step["complete"] and len(step["rows"]) == 2
+    for row in step["rows"]:
+        assert row["gate"]["petune"]["compared"] > 10 and row["targets"] == []
+        saved = row["saved_bytes_per_token_per_layer"]
+        assert saved["petune"] < saved["eager"]
+    assert path.with_suffix(".png").stat().st_size > 10_000
+    with path.with_suffix(".csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert [line["provider"] for line in lines] == ["eager", "petune"] * 2
+    assert float(lines[1]["median"]) == step["rows"][0]["seconds"]["petune"]["median"]
+    console = Console(record=True, width=200, file=io.StringIO())
+    console.print(harness.table(step))
+    assert "B/token/layer" in console.export_text()
+
+
+def test_a_wrong_model_gets_no_time_and_ends_in_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build = models.build
+
+    def wrong(case, provider, device, layers=None):
+        model = build(case, provider, device, layers)
+        if provider == harness.OURS:
+            next(p for p in model.parameters() if p.requires_grad).data.mul_(1.5)
+        return model
+
+    monkeypatch.setattr(models, "build", wrong)
+    settings = models.Settings(
+        regimes=("layernorm",), dtypes=("float32",), batch=2, length=8, rounds=2, layers=1, saved=False
+    )
+    with pytest.raises(StudyError, match="petune has no time in 1 cases"):
+        models.run(settings, Files.new(tmp_path, "models"), QUIET)
+    (path,) = tmp_path.glob("*.json")
+    assert "wrong" in json.loads(path.read_text())["rows"][0]["refused"]["petune"]
+
+
+def test_targets_hold_where_they_were_set_and_say_what_is_missing() -> None:
+    case, settings = models.Case("minilm", "bitfit", "bfloat16", 16, 128), models.Settings()
+    (found,) = models.targets(case, settings, {"eager": {"median": 1.5}})
+    assert found["target"] == 1.9 and found["short_by"] == pytest.approx(0.4)
+    assert models.targets(dataclasses.replace(case, length=64), settings, {"eager": {"median": 1.5}}) == []
+
+
+def test_a_layer_is_gated_and_timed() -> None:
+    settings = dataclasses.replace(TINY, widths=("minilm",))
+    row = op_runs.measure_layer(models.Case("minilm", "bitfit", "float32", 2, 8), settings)
+    assert row["refused"] == {} and set(row["seconds"]) == {"eager", "petune"}
+
+
+def test_a_result_is_on_disk_after_every_case_and_never_half(tmp_path: Path) -> None:
+    result = harness.Result(Files.new(tmp_path, "ops"), "ops", {}, CPU)
+    result.add({"case": {"n": 1}})
+    with pytest.raises(ValueError, match="JSON compliant"):
+        result.add({"case": {"n": float("nan")}})
+    found = json.loads(result.files.json.read_text())
+    assert found["rows"] == [{"case": {"n": 1}}] and not found["complete"]
+    assert main("collect", str(tmp_path), str(tmp_path / "all.json")) == 0
+    assert json.loads((tmp_path / "all.json").read_text())["parts"] == [found]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["models", "--regime", "lora"], "--regime is 'lora'; accepted are layernorm"),
+        (["models", "--shape", "bert"], "--shape is 'bert'"),
+        (["ops", "--op", "norm"], "--op is 'norm'; accepted are residual_norm"),
+        (["ops", "--dtype", "float16"], "--dtype is 'float16'"),
+        (["layers", "--device", "tpu"], "--device is 'tpu'"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_2(arguments, message, tmp_path: Path, capsys) -> None:
+    assert main(*arguments, "--out", str(tmp_path)) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_readme_tables_come_from_results_and_need_their_place(step: dict, tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "bench" / "results").mkdir(parents=True)
+    result = {name: value for name, value in step.items() if name != "folder"}
+    file = tmp_path / "bench" / "results" / "2026-01-01-bench-models.json"
+    file.write_text(json.dumps(result))
+    monkeypatch.setattr(readme, "ROOT", tmp_path)
+    shown = readme.render_bench()
+    assert "| case | eager | petune | petune over eager |" in shown and shown.count("| minilm ") == 2
+    file.write_text(json.dumps(result | {"complete": False}))
+    assert readme.render_bench() == ""
+    assert readme.replaced("a <!-- x:begin -->old<!-- x:end --> b", "x", "new\n") == (
+        "a <!-- x:begin -->\nnew\n<!-- x:end --> b"
+    )
+    with pytest.raises(SystemExit, match="0 places"):
+        readme.replaced("nothing", "bench", shown)
+
+
+def test_plain_pytest_does_not_collect_the_benchmark_and_the_gpu_script_parses() -> None:
+    assert re.search(r'^testpaths = \["tests"\]$', (ROOT / "pyproject.toml").read_text(), re.M)
+    script = (ROOT / "bench" / "gpu.sh").read_text()
+    assert subprocess.run(["bash", "-n", str(ROOT / "bench" / "gpu.sh")]).returncode == 0
+    commands = re.findall(r'"\$\{BENCH\[@\]\}" ((?:.|\\\n)*?) "\$\{COMMON', script)
+    assert len(commands) >= 7
+    for command in commands:  # the options exist and are of the right type: the bad device is what is refused
+        arguments = shlex.split(command.replace("\\\n", " "))
+        done = CliRunner().invoke(app, [*arguments, "--device", "none"])
+        assert isinstance(done.exception, InputError) and "--device is 'none'" in str(done.exception), command
+
+
+def test_names_are_checked() -> None:
+    with pytest.raises(InputError, match="accepted are a, b"):
+        harness.check_names("--x", ["c"], ["a", "b"])

@@ -1,0 +1,176 @@
+"""`petune data`, `petune study` and `petune tune` as commands; the training of a run is a stand-in here."""
+
+from __future__ import annotations
+
+import json
+import sys
+import types
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from petune_kernels.cli import app
+from petune_kernels.studies import commands, runner, train
+from petune_kernels.studies.errors import InputError
+
+
+@dataclass
+class Seeds:
+    wi: int
+    do: int
+
+
+@dataclass
+class Recipe:
+    lr: float
+    batch: int = 16
+    epochs: int = 1
+    stop_on: str = "loss"
+    length: int = 16
+
+
+@dataclass
+class Outcome:
+    test: dict[str, dict[str, float]]
+    validation: dict[str, float] = field(default_factory=dict)
+    trained: int = 5
+    total: int = 100
+    seconds: float = 1.0
+    peak_bytes: int = 2**20
+    failed: str | None = None
+    history: list[dict[str, float]] = field(default_factory=list)
+    model: Any = None
+
+
+class Model(torch.nn.Module):
+    def save_pretrained(self, folder: Path) -> None:
+        folder.mkdir(exist_ok=True)
+        (folder / "config.json").write_text("{}")
+
+
+def tune_once(
+    folder: Path, method: Any, task: Any, recipe: Recipe, seeds: Seeds, *, patched: bool, **more: Any
+) -> Outcome:
+    assert (folder / "config.json").is_file() and len(task.train) and isinstance(recipe, Recipe)
+    value = 0.6 + 0.01 * seeds.wi + 0.1 * (method == "full")
+    return Outcome(
+        {part: {task.primary: value} for part in task.tests}, model=Model() if more.get("keep_model") else None
+    )
+
+
+def method(name: str, **options: Any) -> str:
+    if name not in ("full", "bitfit"):
+        raise ValueError(f"{name!r} is no method")
+    return name
+
+
+@pytest.fixture(autouse=True)
+def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
+    single, methods = types.ModuleType("single"), types.ModuleType("methods")
+    vars(single).update(Seeds=Seeds, Recipe=Recipe, tune_once=tune_once)
+    vars(methods).update(method=method)
+    monkeypatch.setitem(sys.modules, "petune_kernels.studies.single", single)
+    monkeypatch.setitem(sys.modules, "petune_kernels.studies.methods", methods)
+    monkeypatch.setenv("COLUMNS", "160")
+    runner.load_task.cache_clear()
+
+
+def study_file(folder: Path, model: Path, data: Path, more: str = "", methods: str = "full bitfit") -> Path:
+    path = folder / "small.toml"
+    tables = "".join(f'[[methods]]\nname = "{name}"\n' for name in methods.split())
+    path.write_text(
+        f'kind = "stability"\nname = "small"\nmodel = "{model}"\nreference = "full"\n{more}\n'
+        f'[recipe]\nlr = 1e-3\n[seeds]\nruns = 3\n[[tasks]]\nname = "tiny"\nfile = "{data}"\n{tables}'
+    )
+    return path
+
+
+def run(*arguments: object) -> Any:
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+def test_a_study_from_the_file_to_tables_and_pictures(tmp_path: Path, tiny_model: Path, tiny_csv: Path) -> None:
+    file, to = study_file(tmp_path, tiny_model, tiny_csv), tmp_path / "out"
+    done = run("study", file, "--out", to)
+    assert done.exit_code == 0, done.output
+    assert {p.name for p in to.iterdir()} >= {"runs.jsonl", "tables.md", "tables.csv", "seeds.png", "best.png"}
+    assert "71.0±1.0" in done.output and "61.0±1.0↓" in (to / "tables.md").read_text()
+    before = (to / "runs.jsonl").read_bytes()
+    assert run("study", file, "--out", to).exit_code == 0 and run("study", file, "--out", to, "--show").exit_code == 0
+    assert (to / "runs.jsonl").read_bytes() == before and before.count(b"\n") == 1 + 6
+
+
+def test_analyse_shows_what_tuning_did(
+    tmp_path: Path, tiny_model: Path, tiny_csv: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def moved(folder: Path, method: Any, task: Any, *rest: Any, keep_model: bool = False, **more: Any) -> Outcome:
+        model = train.load_model(folder, task.labels, 0, torch.float32, torch.device("cpu"))
+        with torch.no_grad():
+            model.bert.encoder.layer[1].output.dense.weight[0] += 32.0 * (method == "full")
+        return Outcome({"test": {"accuracy": 0.5}}, model=model if keep_model else None)
+
+    monkeypatch.setattr(sys.modules["petune_kernels.studies.single"], "tune_once", moved)
+    to = tmp_path / "out"
+    done = run("study", study_file(tmp_path, tiny_model, tiny_csv), "--out", to, "--analyse")
+    assert done.exit_code == 0, done.output
+    stem = "analysis-tiny-train-split"
+    assert {p.name for p in to.glob("analysis*.png")} == {
+        f"{stem}-{name}.png" for name in ("tsne", "weights", "features", "magnitudes")
+    }
+    numbers = json.loads((to / f"{stem}.json").read_text())
+    assert numbers["full"]["features"]["train"] > 0.01 and numbers["bitfit"]["features"]["train"] < 1e-5
+    assert numbers["full"]["weights"]["bert.encoder.layer.1.output.dense.weight"] == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("more", "methods", "message"),
+    [
+        ("dropuot = true", "full", "unknown key 'dropuot'; did you mean 'dropout'"),
+        ("", "full bitfti", "method 'bitfti': 'bitfti' is no method"),
+        ("[seeds]", "full", "cannot be read as TOML"),
+    ],
+)
+def test_what_a_study_file_has_wrong_ends_it_before_the_first_run(
+    tmp_path: Path, tiny_model: Path, tiny_csv: Path, more: str, methods: str, message: str
+) -> None:
+    ran = run("study", study_file(tmp_path, tiny_model, tiny_csv, more, methods), "--out", tmp_path / "out")
+    assert ran.exit_code == 2 and message in ran.stderr and not (tmp_path / "out").exists()
+
+
+def test_a_misspelt_recipe_and_a_missing_result_are_named(tmp_path: Path, tiny_model: Path, tiny_csv: Path) -> None:
+    file = study_file(tmp_path, tiny_model, tiny_csv)
+    assert "holds no results" in run("study", file, "--out", tmp_path / "none", "--show").stderr
+    file.write_text(file.read_text().replace("lr = 1e-3", "lr = 1e-3\nepcohs = 3"))
+    ran = run("study", file, "--out", tmp_path / "out")
+    assert ran.exit_code == 2 and "recipe of 'full': unknown key 'epcohs'; did you mean 'epochs'" in ran.stderr
+
+
+def test_tune_writes_the_outcome_and_the_model_and_overwrites_nothing(
+    tmp_path: Path, tiny_model: Path, tiny_csv: Path
+) -> None:
+    arguments = ("tune", "full", "--task", "tiny", "--file", tiny_csv, "--model", tiny_model, "--out", tmp_path / "out")
+    done = run(*arguments, "--wi", 4, "--recipe", "lr=1e-4")
+    assert done.exit_code == 0, done.output
+    result = json.loads((tmp_path / "out" / "outcome.json").read_text())
+    assert result["outcome"]["test"]["test"]["accuracy"] == pytest.approx(0.74) and result["wi"] == 4
+    assert (tmp_path / "out" / "model" / "config.json").is_file()
+    again = run(*arguments)
+    assert again.exit_code == 2 and "is not empty; nothing there is overwritten" in again.stderr
+
+
+def test_data_names_what_it_knows() -> None:
+    ran = run("data", "moive")
+    assert ran.exit_code == 2 and "'moive' is not in the package index; accepted: movie, amazon" in ran.stderr
+
+
+def test_settings_are_read_as_toml() -> None:
+    found = commands.parse_settings("--option", ["r=8", "layers=[3]", "stage1=lora", "a=true", "lr = 1e-3"])
+    assert found == {"r": 8, "layers": [3], "stage1": "lora", "a": True, "lr": 1e-3}
+    with pytest.raises(InputError, match="--option is 'r'; accepted is key=value"):
+        commands.parse_settings("--option", ["r"])
+    with pytest.raises(InputError, match="--device is 'tpu'"):
+        commands.chosen_device("tpu")

@@ -1,0 +1,112 @@
+"""Protocols: what validates and what tests, samples, out-of-domain tests, and no leak that is not labelled."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from petune_kernels.studies.errors import InputError
+from petune_kernels.studies.sources import Source
+from petune_kernels.studies.splits import PROTOCOLS, TaskSpec, cut, load
+from petune_kernels.studies.tasks import Examples
+
+
+def examples(name: str, rows: int) -> Examples:
+    return Examples([f"{name} {i}" for i in range(rows)], None, [i % 2 for i in range(rows)])
+
+
+def source(**changes: Examples) -> Source:
+    return Source(
+        changes.get("train", examples("train", 100)), {"test": changes.get("test", examples("test", 30))}, ("n", "p")
+    )
+
+
+def spec(**changes) -> TaskSpec:
+    return TaskSpec("movie", **changes)
+
+
+def test_the_last_tenth_of_train_validates_unshuffled_and_the_held_out_part_tests() -> None:
+    task = cut(source(), spec())
+    assert task.train.texts == [f"train {i}" for i in range(90)]
+    assert task.validation.texts == [f"train {i}" for i in range(90, 100)]
+    assert task.tests["test"] == source().tests["test"] and not task.leaky
+
+
+def test_halves_of_dev() -> None:
+    fair, leaking = (cut(source(), spec(protocol=p)) for p in ("dev1-dev2", "dev2-dev2"))
+    assert fair.tests == leaking.tests and len(fair.tests["test"]) == 15  # the same half tests
+    assert set(fair.validation.texts) | set(fair.tests["test"].texts) == set(source().tests["test"].texts)
+    assert not set(fair.validation.texts) & set(fair.tests["test"].texts)
+    assert leaking.validation == leaking.tests["test"]
+    assert len(fair.train) == len(leaking.train) == 100
+    assert not fair.leaky and leaking.leaky
+    other = cut(source(), spec(protocol="dev1-dev2", split_seed=1))
+    assert other.tests != fair.tests
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_leaky_says_whether_validation_and_test_overlap(protocol: str) -> None:
+    task = cut(source(), spec(protocol=protocol, test_rows=10, validation_rows=10))
+    assert task.leaky == bool(set(task.validation.keys()) & set(task.tests["test"].keys()))
+    assert not set(task.train.keys()) & {*task.validation.keys(), *task.tests["test"].keys()}
+
+
+def test_rows_that_stand_in_a_later_part_are_dropped_or_refused() -> None:
+    texts = ["  TEST  3 ", "twin", *(f"train {i}" for i in range(97)), "Twin"]  # the last is in validation
+    repeated = source(train=Examples(texts, None, [i % 2 for i in range(100)]))
+    task = cut(repeated, spec())
+    assert task.dropped == 2 and len(task.train) == 88 and "twin" not in task.train.texts
+    with pytest.raises(InputError, match="2 rows also stand in a later part"):
+        cut(repeated, spec(leaks="refuse"))
+
+
+def test_a_pair_is_the_same_example_only_if_both_texts_are() -> None:
+    train = Examples(["a"] * 20, [str(i) for i in range(20)], [i % 2 for i in range(20)])
+    test = Examples(["A", "a"], ["0", "other"], [0, 1])
+    assert cut(Source(train, {"test": test}, ("n", "p")), spec()).dropped == 1
+
+
+def test_a_small_sample_is_a_part_of_a_larger_one_and_keeps_the_order() -> None:
+    small, large = (cut(source(), spec(train_rows=n, validation_rows=5, test_rows=7)) for n in (20, 40))
+    assert (len(small.train), len(large.train), len(small.validation), len(small.tests["test"])) == (20, 40, 5, 7)
+    assert set(small.train.texts) < set(large.train.texts)
+    numbers = [int(text.split()[1]) for text in large.train.texts]
+    assert numbers == sorted(numbers) and small.tests == large.tests and small.validation == large.validation
+
+
+def test_out_of_domain_tests_stand_beside_the_own_one_and_leak_nothing() -> None:
+    other = Examples(["train 5", "elsewhere"], None, [1, 0])
+    task = cut(source(), spec(out_of_domain=("amazon",)), {"amazon": other})
+    assert list(task.tests) == ["test", "amazon"] and "train 5" not in task.train.texts and task.dropped == 1
+
+
+def test_one_table_is_cut_by_a_seed(tiny_csv: Path) -> None:
+    first, second = (load(TaskSpec("t", file=str(tiny_csv), split_seed=s)) for s in (0, 1))
+    assert len(first.tests["test"]) == 60 and first.tests != second.tests
+    assert load(TaskSpec("t", file=str(tiny_csv))).train == first.train
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"protocol": "dev3"}, "protocol is 'dev3'; accepted: train-split, dev1-dev2"),
+        ({"leaks": "keep"}, "leaks is 'keep'"),
+        ({"train_rows": 0}, "train_rows is 0"),
+        ({"held_out": 1.0}, "held_out is 1.0"),
+        ({"out_of_domain": ("amazn",)}, "unknown task 'amazn'"),
+        ({"primary": "f2"}, "primary is 'f2'; accepted: accuracy, f1, matthews"),
+    ],
+)
+def test_bad_input_is_named(changes: dict, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        cut(source(), spec(**changes))
+
+
+def test_an_unknown_task_and_an_empty_split_are_named() -> None:
+    with pytest.raises(InputError, match="unknown task 'moive'; known are cola"):
+        TaskSpec("moive")
+    with pytest.raises(InputError, match="the train part is empty"):
+        cut(source(train=examples("train", 1)), spec())
+    with pytest.raises(InputError, match="the test part is empty"):
+        cut(source(test=examples("test", 0)), spec())

@@ -1,0 +1,228 @@
+"""Tables and pictures of made-up runs whose means are known."""
+
+from __future__ import annotations
+
+import csv
+import io
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+from petune_kernels.studies import analysis, layouts, pictures
+from petune_kernels.studies.errors import InputError
+from petune_kernels.studies.study import Run, Study, parse
+from petune_kernels.studies.tasks import Examples
+
+from .test_study import CONTENT
+
+LEVELS = {"FT": 0.8, "lora": 0.7, "bitfit": 0.6, "frozen": 0.5}
+
+
+def record(run: Run, value: float | None, rows: int = 400, **outcome: Any) -> dict[str, Any]:
+    trained = {"FT": 1000, "frozen": 2}.get(run.method.title, 50)
+    parts = {"test": value, **{name: None if value is None else value - 0.1 for name in run.task.out_of_domain}}
+    return {
+        "id": run.id,
+        "task": run.task.title,
+        "source": run.task.name,
+        "method": run.method.title,
+        "label": run.method.label or run.method.name,
+        "scale": run.method.scale,
+        "layer": run.method.options.get("layers"),
+        "protocol": run.task.protocol,
+        "leaky": run.task.leaky,
+        "stop_on": run.stop_on,
+        "vary": run.vary,
+        "wi": run.wi,
+        "do": run.do,
+        "patched": run.patched,
+        "primary": "accuracy",
+        "baseline": dict.fromkeys(parts, 0.5),
+        "rows": {"train": rows},
+        "outcome": {
+            "failed": value is None,
+            "test": {part: {"accuracy": v} for part, v in parts.items()},
+            "trained": trained,
+            "total": 1000,
+            "history": [{"step": s, "accuracy": None if value is None else value - 1 / s} for s in (10, 20)],
+            "seconds": 10.0 if run.patched else 20.0,
+            "peak_bytes": 2**20 * (30 if run.patched else 60),
+        }
+        | outcome,
+    }
+
+
+def records(study: Study, layers: int = 3) -> list[dict[str, Any]]:
+    """Method levels as above, seed i of n spread evenly within 0.02, tasks after the first 0.1 lower."""
+    found = []
+    for run in study.runs(layers):
+        i = max(run.wi, run.do) - study.seeds.first - (study.seeds.runs - 1) / 2
+        level = LEVELS.get(run.method.title, 0.65) - 0.1 * (run.task.title != study.tasks[0].title)
+        found.append(record(run, level + 0.02 * i / study.seeds.runs))
+    return found
+
+
+def study(**changes: Any) -> Study:
+    methods = [{"name": "full", "label": "FT"}, {"name": "lora"}, {"name": "bitfit"}, {"name": "frozen"}]
+    return parse(CONTENT | {"methods": methods, "seeds": {"runs": 4}} | changes)
+
+
+def shown(grid: layouts.Grid) -> str:
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(grid)
+    return console.export_text()
+
+
+def test_methods_against_tasks_with_arrows_shares_and_averages() -> None:
+    which = study()
+    main = layouts.tables(which, records(which))[0]
+    assert main.columns == ["method", "% trained", "movie", "amazon", "Avg."]
+    assert main.rows[0] == ["FT", "100.00%", "80.0±0.6", "70.0±0.6", "75.0"]
+    assert main.rows[1] == ["lora", "5.00%", "70.0±0.6↓", "60.0±0.6↓", "65.0"]
+    assert main.strong[0, 2] == 1 and main.strong[1, 2] == 2 and (2, 2) not in main.strong
+    assert "| **80.0±0.6** |" in main.markdown() and "one-tailed student t-test" in main.markdown()
+    assert "70.0±0.6↓" in shown(main)
+
+
+def test_tables_are_the_same_whatever_order_the_runs_ended_in() -> None:
+    which = study(
+        methods=[{"name": "layernorm", "each_layer": True}, {"name": "full", "label": "FT"}, {"name": "lora"}]
+    )
+    found = records(which, layers=12)
+    expected = layouts.tables(which, found)
+    assert [row[0] for row in expected[0].rows] == ["FT", "lora"] and expected[1].columns[2] == "layernorm #2"
+    assert layouts.tables(which, found[::-1]) == expected
+    assert layouts.to_csv(which, found[::-1]) == layouts.to_csv(which, found)
+
+
+def test_the_average_leaves_out_of_domain_tests_out() -> None:
+    tasks = [{"name": "movie", "out_of_domain": ["amazon"]}, {"name": "tweets"}]
+    which = study(kind="classification-head", tasks=tasks)
+    main = layouts.tables(which, records(which))[0]
+    assert main.columns[2:] == ["movie", "movie → amazon", "tweets", "Avg."]
+    assert [cell[:4] for cell in main.rows[0][2:]] == ["80.0", "70.0", "70.0", "75.0"]
+
+
+def test_bands_and_their_verdicts() -> None:
+    which = study()
+    found = records(which)
+    for r in found:
+        r["rows"]["train"] = 400 if r["task"] == "movie" else 20_000
+    grids = {grid.title: grid for grid in layouts.tables(which, found)}
+    assert [row[0] for row in grids["By training rows"].rows] == ["movie", "Avg. (low)", "amazon", "Avg. (high)"]
+    assert grids["Against FT, by training rows"].rows == [["low", "↘", "↘", "↘"], ["high", "↘", "↘", "↘"]]
+
+
+def test_failed_runs_are_counted_and_a_column_without_runs_is_a_dash() -> None:
+    which = study()
+    found = [r for r in records(which) if (r["method"], r["task"]) != ("lora", "amazon")]
+    for r in found:
+        if (r["method"], r["task"], r["wi"]) == ("bitfit", "movie", 0):
+            r["outcome"]["failed"] = True
+    grids = layouts.tables(which, found)
+    assert grids[0].rows[1][3:] == ["-", "-"]
+    spread = {(row[0], row[1]): row for row in grids[-1].rows}
+    assert spread["movie", "bitfit"][2] == "4" and spread["movie", "bitfit"][-1] == "25%"
+    assert spread["movie", "frozen"][-1] == "50%"  # two of four are below the constant answer
+
+
+def test_the_protocol_table_names_the_leak_everywhere() -> None:
+    which = study(kind="protocol")
+    found = records(which)
+    grid = layouts.tables(which, found)[0]
+    assert grid.columns[1:5] == [
+        f"{task} {half}, stop on loss" for task in ("movie", "amazon") for half in ("1-2", "2-2 (leaks)")
+    ]
+    rows = list(csv.DictReader(io.StringIO(layouts.to_csv(which, found))))
+    assert {row["task"] for row in rows} >= {"movie 1-2", "movie 2-2 (leaks)"}
+
+
+def test_layers_seeds_cost_and_out_of_domain() -> None:
+    methods = [{"name": "full", "label": "FT"}, {"name": "layernorm", "each_layer": True}]
+    task = [{"name": "movie", "out_of_domain": ["amazon"]}]
+    which = study(
+        kind="stability", methods=methods, tasks=task, patched=[True, False], seeds={"runs": 2, "vary": ["wi", "do"]}
+    )
+    grids = {grid.title: grid for grid in layouts.tables(which, records(which))}
+    assert grids["One layer at a time"].columns == ["task", *(f"layernorm #{k}" for k in (1, 2, 3)), "FT"]
+    assert [row[0] for row in grids["One layer at a time"].rows] == ["movie", "movie → amazon"]
+    assert grids["movie: what the seeds vary"].columns == ["method", "WI", "DO"]
+    assert grids["Wall time and peak memory of a run"].rows[0] == [
+        "movie",
+        "FT",
+        "20.0",
+        "10.0",
+        "0.50",
+        "60.0",
+        "30.0",
+        "0.50",
+    ]
+
+
+def test_no_records_give_no_tables() -> None:
+    assert layouts.tables(study(), []) == [] and pictures.draw(study(), [], Path("/nowhere")) == []
+
+
+@pytest.mark.filterwarnings("error")
+def test_pictures_are_drawn_for_what_the_records_hold(tmp_path: Path) -> None:
+    methods = [{"name": "full", "label": "FT"}, *({"name": "lora", "scale": s} for s in ("small", "large"))]
+    which = study(methods=[*methods, {"name": "layernorm", "each_layer": True}])
+    found = records(which)
+    for r in found:
+        if r["scale"] == "small":
+            r["outcome"]["test"]["test"]["accuracy"] = 0.5  # no variance: no density
+    drawn = pictures.draw(which, found, tmp_path)
+    assert [path.name for path in drawn] == ["seeds.png", "best.png", "densities.png", "layers.png"]
+    for path in drawn:
+        image = matplotlib.image.imread(path)
+        assert min(image.shape[:2]) > 200 and np.ptp(image) > 0.5
+
+
+def test_samples_of_one_data_set_give_curves_of_training_iterations(tmp_path: Path) -> None:
+    tasks = [{"name": "movie", "label": name, "train_rows": rows} for name, rows in (("1k", 1000), ("2k", 2000))]
+    which = study(tasks=[*tasks, {"name": "amazon"}], methods=[{"name": "full", "label": "FT"}])
+    found = records(which)
+    for r in found:
+        r["rows"]["train"] = {"1k": 1000, "2k": 2000}.get(r["task"], 50)
+    curves = pictures.by_samples([c for c in layouts.cells(found) if c.summary.n])
+    assert list(curves["FT"]) == ["1k (1,000 rows)", "2k (2,000 rows)"]
+    assert curves["FT"]["1k (1,000 rows)"] == [(10, pytest.approx(70)), (20, pytest.approx(75))]
+    assert "iterations.png" in [path.name for path in pictures.draw(which, found, tmp_path)]
+
+
+def test_features_and_weights_of_a_model(tiny_model: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_model).train()
+    before = {name: p.detach().clone() for name, p in model.state_dict().items()}
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    rows = Examples(["good film", "bad plot", "dull", "great"], None, [1, 0, 0, 1])
+    first = analysis.features(model, tokenizer, rows, batch=3)
+    assert first.shape == (4, 32) and model.training
+    assert analysis.features(model, tokenizer, rows, batch=4) == pytest.approx(first, abs=1e-5)  # dropout off
+    with torch.no_grad():
+        model.bert.encoder.layer[0].output.dense.weight[0] += 16.0
+    changes = analysis.weight_change(model, before)
+    moved = {name for name, change in changes.items() if change > 0}
+    assert moved == {"bert.encoder.layer.0.output.dense.weight"} and changes[moved.pop()] == pytest.approx(
+        0.5, rel=1e-3
+    )
+    assert analysis.feature_change(first, analysis.features(model, tokenizer, rows)) > 0.01
+    assert analysis.feature_change(first, first + 2) == pytest.approx(2 * 32**0.5)
+    sizes = analysis.weight_magnitude(model)
+    assert sizes["attention norm"] == sizes["ffn norm"] == 1 and sizes["attention norm bias"] == 0
+    assert 0 < sizes["attention linear"] < 0.1
+    with pytest.raises(InputError, match="share no parameter name"):
+        analysis.weight_change(model, {})
+    labels = [0, 1] * 20
+    points = np.random.default_rng(0).normal(size=(40, 8)) + 5 * np.array(labels)[:, None]
+    pictures.tsne({"train": (points, labels), "dev": (points, labels)}, ["no", "yes"]).savefig(tmp_path / "tsne.png")
+    pictures.bars({"FT": changes | {"other": 1.0}}, "Change of weights", "mean |Δw|").savefig(tmp_path / "bars.png")
+    curves = {"LoRA": {"1k": [(10, 50.0), (20, 60.0)], "2k": [(10, 52.0), (20, 64.0)]}}
+    pictures.iterations(curves, "accuracy").savefig(tmp_path / "iterations.png")
+    assert all((tmp_path / f"{name}.png").stat().st_size > 5000 for name in ("tsne", "bars", "iterations"))
