@@ -11,16 +11,22 @@ In use:
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from . import schema  # noqa: F401  (defines the ops before anything uses them)
 from .backends import BackendError, backend
 from .patch import PatchError, PatchReport, patch, patched, unpatch
 from .regimes import TuneReport, tune
+
+if TYPE_CHECKING:
+    from .callback import PetuneCallback
 
 __version__ = "0.1.0"
 __all__ = [
     "BackendError",
     "PatchError",
     "PatchReport",
+    "PetuneCallback",
     "TuneReport",
     "backend",
     "patch",
@@ -28,3 +34,11 @@ __all__ = [
     "tune",
     "unpatch",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "PetuneCallback":  # on first use, because it imports transformers, which takes seconds
+        from .callback import PetuneCallback
+
+        return PetuneCallback
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

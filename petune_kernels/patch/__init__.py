@@ -67,8 +67,8 @@ def patch(model: nn.Module, *, strict: bool = False) -> PatchReport:
     if not isinstance(model, nn.Module):
         raise TypeError(f"patch: model is {type(model).__name__}; accepted is a torch.nn.Module")
     sharded = next((n for n, p in model.named_parameters() if hasattr(p, "full_tensor")), None)
-    if sharded is not None and not any(map(pattern.pattern_of, model.modules())):
-        raise PatchError(f"patch: {sharded} is sharded (a DTensor); patch the model before fully_shard")
+    if sharded is not None:
+        raise PatchError(f"patch: {sharded} is sharded (a DTensor); patch the model once, before fully_shard")
     plan = _survey(model)
     report = PatchReport(tuple(plan.entries), _backends(model, plan.entries))
     if not report.patched:

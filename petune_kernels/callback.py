@@ -1,0 +1,95 @@
+"""`PetuneCallback`: tune and patch from inside transformers.Trainer, where only a list of callbacks can be given.
+
+The events of Trainer that matter here (transformers 5): `on_init_end` has the model on its device, before the optimizer
+is made and before anything wraps it, so this is where parameters are chosen and fused forwards bound. `on_train_begin`
+comes after both; it only serves a model that was made anew (`model_init`) or that an earlier `train()` unpatched.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from .patch import PatchReport, patch, unpatch
+from .regimes import TuneReport, tune
+
+
+class PetuneCallback(TrainerCallback):
+    """`Trainer(..., callbacks=[pk.PetuneCallback("layernorm")])`: the model trains patched and is unpatched afterwards.
+
+    Args:
+        regime: what trains, one of `pk.tune`'s names; None leaves requires_grad as it is (PEFT models, own choices).
+            For tune's other arguments call `pk.tune` on the model before it goes to Trainer.
+        strict: as in `pk.patch`.
+        keep: leave the model patched when training ends.
+
+    Attributes:
+        report: PatchReport of the model, None before Trainer was made.
+        tuned: TuneReport, None without a regime.
+
+    Raises, from Trainer's own calls:
+        PatchError: as `pk.patch` does.
+        ValueError: as `pk.tune` does; or `regime` was given with an optimizer that does not hold what it trains.
+        RuntimeError: `regime` was given, and the model was made after the callback could choose its parameters.
+
+    A training run that raises leaves the model patched; `pk.unpatch(model)` is then up to the caller.
+    """
+
+    def __init__(self, regime: str | None = None, strict: bool = False, keep: bool = False) -> None:
+        self.regime, self.strict, self.keep = regime, strict, keep
+        self.report: PatchReport | None = None
+        self.tuned: TuneReport | None = None
+        self._model: nn.Module | None = None
+        self._bound = False
+
+    def on_init_end(  # type: ignore[override]
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if self.regime is not None:
+            self.tuned = tune(model, self.regime)
+            if optimizer is not None:
+                _check_optimizer(model, optimizer, self.regime)
+        self._patch(model)
+
+    def on_train_begin(  # type: ignore[override]
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
+        if self._model is None or not any(module is self._model for module in model.modules()):
+            if self.regime is not None:
+                raise RuntimeError(
+                    f"PetuneCallback: regime={self.regime!r} cannot be set here: the optimizer is made already. "
+                    "Give the callback to Trainer(callbacks=[...]), not to add_callback; with model_init, call pk.tune "
+                    "inside model_init and give no regime"
+                )
+            self._patch(model)
+        elif not self._bound:  # an earlier train() has unpatched it
+            self._patch(self._model)
+
+    def on_train_end(  # type: ignore[override]
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._model is not None and not self.keep:
+            unpatch(self._model)
+            self._bound = False
+
+    def _patch(self, model: nn.Module) -> None:
+        self.report, self._model, self._bound = patch(model, strict=self.strict), model, True
+
+
+def _check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, regime: str) -> None:
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    missing = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in held]
+    if missing:
+        raise ValueError(
+            f"PetuneCallback: regime={regime!r} trains {len(missing)} parameters that the optimizer given to Trainer "
+            f"does not hold ({', '.join(missing[:3])}, ...); call pk.tune before making the optimizer"
+        )
