@@ -15,9 +15,10 @@ from petune_kernels.regimes import regimes
 from . import coverage
 from .models import FAMILIES, Step, batch, build, heads, step
 
-MAIN = [
-    (family, f.main, "right", regime) for family, f in FAMILIES.items() for regime in regimes() if regime not in f.unfit
-]
+REGIMES = (*regimes(), "layernorm of layer 1")
+FITTING = [(family, regime) for family, f in FAMILIES.items() for regime in REGIMES if regime not in f.unfit]
+FITTING.remove(("albert", "layernorm of layer 1"))  # its layers are one
+MAIN = [(family, FAMILIES[family].main, "right", regime) for family, regime in FITTING]
 OTHER = [
     (family, head, side, "full")
     for family, f in FAMILIES.items()
@@ -41,6 +42,11 @@ def prepared(family: str, head: str, side: str) -> tuple[nn.Module, dict[str, An
     return model, batch(family, head, side=side)
 
 
+def tune(model: nn.Module, regime: str) -> None:
+    name, _, layer = regime.partition(" of layer ")
+    pk.tune(model, name, layers=[int(layer)] if layer else None)
+
+
 def rms(t: Tensor) -> float:
     return t.double().norm().item() / max(1, t.numel()) ** 0.5
 
@@ -56,7 +62,7 @@ def worst(of: Step, exact: Step) -> tuple[float, str]:
 @pytest.mark.parametrize(("family", "head", "side", "regime"), MAIN + OTHER)
 def test_same_step(family: str, head: str, side: str, regime: str) -> None:
     model, data = prepared(family, head, side)
-    pk.tune(model, regime)
+    tune(model, regime)
     own = step(model, data)
     assert own.grads, "a regime that trains nothing would show nothing"
     report = pk.patch(model)
@@ -67,15 +73,28 @@ def test_same_step(family: str, head: str, side: str, regime: str) -> None:
     error, name = worst(ours, own)
     assert error <= 2e-4, (name, error)
     pk.unpatch(model)
-    assert torch.equal(step(model, data).loss, own.loss)
+    again = step(model, data)
+    assert torch.equal(again.loss, own.loss) and all(torch.equal(g, again.grads[n]) for n, g in own.grads.items())
 
 
-@pytest.mark.parametrize("regime", ("layernorm", "full"))
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "regime"), [(n, r) for n, f in FAMILIES.items() for r in f.unfit])
+def test_what_does_not_fit_is_refused(family: str, regime: str) -> None:
+    with pytest.raises(ValueError, match=regime):
+        pk.tune(build(family), regime)
+
+
+def pooled(of: Step, exact: Step) -> float:
+    """The error of all gradients together, relative to their size."""
+    off = sum((of.grads[n].double() - g).square().sum() for n, g in exact.grads.items())
+    return float(off / sum(g.square().sum() for g in exact.grads.values())) ** 0.5
+
+
+@pytest.mark.parametrize(("family", "regime"), FITTING)
 def test_bfloat16_is_no_worse_than_stock(family: str, regime: str) -> None:
-    """Against float64. Two roundings of one sum differ by chance, hence the factor; a wrong term is off by far more."""
+    """Against float64. Two roundings of one sum differ by chance, more so for one tensor than for all together; a wrong
+    term is off by far more."""
     model, data = prepared(family, FAMILIES[family].main, "right")
-    pk.tune(model, regime)
+    tune(model, regime)
 
     def run(variant: nn.Module, dtype: torch.dtype) -> Step:
         return step(variant.to(dtype), {k: v.to(dtype) if v.is_floating_point() else v for k, v in data.items()})
@@ -86,16 +105,15 @@ def test_bfloat16_is_no_worse_than_stock(family: str, regime: str) -> None:
     ours = run(model, torch.bfloat16)
     eps = torch.finfo(torch.bfloat16).eps
     size = rms(exact.logits)
-    assert rms(ours.logits - exact.logits) <= 2 * rms(stock.logits - exact.logits) + eps * size
-    errors = {n: worst(Step(s.loss, s.logits, s.grads), exact)[0] for n, s in (("stock", stock), ("ours", ours))}
-    assert errors["ours"] <= 2 * errors["stock"] + 2 * eps, errors
+    assert rms(ours.logits - exact.logits) <= 1.5 * rms(stock.logits - exact.logits) + eps * size
+    assert pooled(ours, exact) <= 1.5 * pooled(stock, exact) + eps
+    assert worst(ours, exact)[0] <= 2 * worst(stock, exact)[0] + 2 * eps
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_evaluation(family: str) -> None:
     model = build(family).eval()
     data = batch(family)
-    data = data if FAMILIES[family].main != "image" else batch(family, "image")
     with torch.no_grad():
         own = model(**data).logits
         with pk.patched(model):
@@ -103,18 +121,20 @@ def test_evaluation(family: str) -> None:
     assert rms(ours - own) <= 2e-5 * rms(own)
 
 
-@pytest.mark.parametrize("family", [f for f in FAMILIES if {"causal_lm", "seq2seq_lm"} & {*heads(f)} and f != "bert"])
+@pytest.mark.parametrize("family", [f for f in FAMILIES if {"causal_lm", "seq2seq_lm"} & {*heads(f)}])
 def test_generation_with_a_cache(family: str) -> None:
     found = heads(family)
     head = "seq2seq_lm" if "seq2seq_lm" in found else "causal_lm"
     model = build(family, head=head).eval()
     ids = torch.randint(6, 97, (2, 7))
-    own = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False)
-    with pk.patched(model):
-        ours = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False)
-    assert torch.equal(ours, own)
+    for padding in (0, 3):  # on the left, as for generation
+        mask = torch.ones_like(ids)
+        mask[0, :padding] = 0
+        own = model.generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False)
+        with pk.patched(model):
+            ours = model.generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False)
+        assert torch.equal(ours, own)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_coverage_is_as_documented(family: str) -> None:
-    assert coverage.section(family) in coverage.PAGE.read_text(), "python -m tests.patch.coverage writes the page anew"
+def test_coverage_is_as_documented() -> None:
+    assert coverage.page() == coverage.PAGE.read_text(), "python -m tests.patch.coverage writes the page anew"
