@@ -51,7 +51,6 @@ def verify(root: nn.Module, seen: Trace) -> tuple[str, list[nn.Module]]:
     twin = pattern.bare(seen.ran[root], twins)
     original = {copy: module for module, copy in twins.items()}
     called: list[nn.Module] = []
-    plain = trace.run(twin)
     configs = _switch(root)
     try:
         with _listening(called):
@@ -60,7 +59,7 @@ def verify(root: nn.Module, seen: Trace) -> tuple[str, list[nn.Module]]:
         return f"{type(error).__name__}: {error}", []
     finally:
         _restore(configs)
-    reason = "; ".join(filter(None, map(pattern.difference, plain, fused)))
+    reason = "; ".join(filter(None, map(pattern.difference, seen.outputs[root], fused)))
     if not reason and not called:
         reason = "none of its modules called the attention function"
     return reason, [original[module] for module in dict.fromkeys(called)]

@@ -7,9 +7,8 @@ runs on a bare copy (pattern.bare): no hook fires, no mode is switched, no rando
 
 from __future__ import annotations
 
-import contextlib
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,6 +35,8 @@ class Trace:
     failed: dict[nn.Module, str] = field(default_factory=dict)
     ran: dict[nn.Module, nn.Module] = field(default_factory=dict)
     """root -> the module that was run for it: the root itself, or its base model"""
+    outputs: dict[nn.Module, list[Tensor]] = field(default_factory=dict)
+    """root -> what that run gave"""
 
     def unused(self, module: nn.Module) -> bool:
         """True where everything could be run and this module was not called."""
@@ -62,7 +63,7 @@ def observe(model: nn.Module) -> Trace:
             for original, copy in twins.items():
                 _watch(original, copy, calls)
             try:
-                run(twin)
+                trace.outputs[root] = run(twin)
             except Exception as error:  # the reason goes into the report of every pattern that needs the trace
                 reasons.append(f"{type(module).__name__} does not run on its own dummy input: {_line(error)}")
                 continue
@@ -76,7 +77,9 @@ def observe(model: nn.Module) -> Trace:
 
 def run(root: nn.Module) -> list[Tensor]:
     """The floating tensors that the model gives for a short input, one of its five tokens padded (not on meta)."""
-    with torch.no_grad(), _same_random_state(root), pattern.no_autocast(_device(root)):
+    device = _device(root)
+    unmoved = torch.random.fork_rng([device] if device.type == "cuda" else [])
+    with torch.no_grad(), unmoved, pattern.no_autocast(device):
         out = root(**_inputs(root))
     values = list(out.values()) if isinstance(out, Mapping) else list(out) if isinstance(out, tuple) else [out]
     return [v for v in values if isinstance(v, Tensor) and v.is_floating_point()]
@@ -112,13 +115,6 @@ def _inputs(root: Any) -> dict[str, Any]:
     if "use_cache" in taken:
         inputs["use_cache"] = False
     return inputs
-
-
-@contextlib.contextmanager
-def _same_random_state(root: nn.Module) -> Iterator[None]:
-    device = _device(root)
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        yield
 
 
 def _line(error: Exception) -> str:

@@ -8,7 +8,7 @@ import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -17,6 +17,7 @@ from .errors import InputError
 
 MOVIE_ROWS = 10605
 MAX_LABELS = 100
+Rows = TypeVar("Rows", bound=Sequence[int])
 POOL = 8
 """Batches whose sentences are sorted by length together."""
 
@@ -50,28 +51,31 @@ class Split:
 
 
 def read_movies(folder: Path) -> Sentences:
-    """The movie sentences of vaderSentiment: negative or positive by the sign of the mean human score; zeros left out.
+    """The movie sentences of vaderSentiment: negative or positive by the sign of their score; zeros left out."""
+    texts, scores = read_rated(folder / MOVIES.members[0].target, MOVIE_ROWS)
+    signed = [(text, int(score > 0)) for text, score in zip(texts, scores, strict=True) if score]
+    return Sentences([text for text, _ in signed], [label for _, label in signed], ["negative", "positive"])
+
+
+def read_rated(path: Path, expected: int) -> tuple[list[str], list[float]]:
+    """Texts and mean human scores of one of vaderSentiment's files of `expected` rows.
 
     The file has one `id <tab> score <tab> text` a line, latin-1. Raises InputError if a row or the row count is not so.
     """
-    path = folder / MOVIES.members[0].target
-    texts, labels, rows = [], [], 0
+    texts, scores = [], []
     # not splitlines(): latin-1 text may hold \x85 and other characters that it would break lines at
     for number, line in enumerate(path.read_bytes().decode("latin-1").rstrip("\n").split("\n"), 1):
-        rows += 1
         try:
-            _, score_text, text = line.split("\t")
-            score = float(score_text)
+            _, score, text = line.split("\t")
+            scores.append(float(score))
         except ValueError:
             raise InputError(
                 f"{path}, line {number}: expected `id <tab> score <tab> text`, got {line[:60]!r}"
             ) from None
-        if score:
-            texts.append(text.strip())
-            labels.append(int(score > 0))
-    if rows != MOVIE_ROWS:
-        raise InputError(f"{path} has {rows} rows, expected {MOVIE_ROWS}; delete its folder to fetch it again")
-    return Sentences(texts, labels, ["negative", "positive"])
+        texts.append(text.strip())
+    if len(texts) != expected:
+        raise InputError(f"{path} has {len(texts)} rows, expected {expected}; delete its folder to fetch it again")
+    return texts, scores
 
 
 def read_csv(path: Path) -> Sentences:
@@ -104,7 +108,7 @@ def read_csv(path: Path) -> Sentences:
         raise InputError(f"{path} is not a CSV file: {error}") from error
     if not texts:
         raise InputError(f"{path} has a header but no rows")
-    names = sorted(set(labels), key=_label_order)
+    names = sorted(set(labels), key=label_order)
     if len(names) < 2:
         raise InputError(f"{path} has one label only ({names[0]!r}); a classification task needs at least two")
     if len(names) > MAX_LABELS:
@@ -126,8 +130,8 @@ def split(data: Sentences, test: int, seed: int) -> Split:
         raise InputError(f"{len(data)} rows are too few to split into training and test; at least 5 are needed")
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed)).tolist()
     held_out = data.take(order[:test])
-    seen = {_key(text) for text in held_out.texts}
-    kept = [i for i in order[test:] if _key(data.texts[i]) not in seen]
+    seen = {normalised(text) for text in held_out.texts}
+    kept = [i for i in order[test:] if normalised(data.texts[i]) not in seen]
     train = data.take(kept)
     if len(set(train.labels)) < 2:
         raise InputError("the training part has fewer than two labels; the data need more rows of each")
@@ -155,7 +159,7 @@ class Batches:
 
     def once(self) -> Iterator[dict[str, torch.Tensor]]:
         """Every sentence once, by length; the last batch may be smaller."""
-        for rows in _chunks(self._by_length(range(len(self._labels))), self._size):
+        for rows in chunks(self._by_length(range(len(self._labels))), self._size):
             yield self._batch(rows)
 
     def shuffled(self, seed: int) -> Iterator[dict[str, torch.Tensor]]:
@@ -167,8 +171,8 @@ class Batches:
         while True:
             order = list(range(len(self._labels)))
             shuffle.shuffle(order)
-            for pool in _chunks(order, POOL * self._size):
-                batches = [rows for rows in _chunks(self._by_length(pool), self._size) if len(rows) == self._size]
+            for pool in chunks(order, POOL * self._size):
+                batches = [rows for rows in chunks(self._by_length(pool), self._size) if len(rows) == self._size]
                 shuffle.shuffle(batches)
                 yield from map(self._batch, batches)
 
@@ -187,12 +191,13 @@ class Batches:
         return {name: tensor.to(self._device) for name, tensor in batch.items()}
 
 
-def _chunks(rows: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+def chunks(rows: Rows, size: int) -> Iterator[Rows]:
     for start in range(0, len(rows), size):
-        yield rows[start : start + size]
+        yield rows[start : start + size]  # type: ignore[misc]
 
 
-def _key(text: str) -> str:
+def normalised(text: str) -> str:
+    """What two texts must share to count as one."""
     return " ".join(text.casefold().split())
 
 
@@ -203,7 +208,7 @@ def _is_nan(label: str) -> bool:
         return False
 
 
-def _label_order(label: str) -> tuple[int, float, str]:
+def label_order(label: str) -> tuple[int, float, str]:
     """Numbers by value, then words by spelling."""
     try:
         return (0, float(label), label)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .data import chunks
 from .tasks import Examples
 
 
@@ -76,8 +77,3 @@ class HeadOnly:
         if len(seen) != 1 or seen[0].dim() not in (2, 3):
             return logits, None
         return logits, (seen[0] if seen[0].dim() == 2 else seen[0][:, :1]).detach()
-
-
-def chunks(rows: list[int], size: int) -> Iterator[list[int]]:
-    for start in range(0, len(rows), size):
-        yield rows[start : start + size]

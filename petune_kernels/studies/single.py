@@ -23,7 +23,8 @@ import petune_kernels as pk
 from petune_kernels.regimes.structure import read
 
 from . import train
-from .encoded import Encoded, HeadOnly, chunks
+from .data import chunks
+from .encoded import Encoded, HeadOnly
 from .errors import InputError
 from .measure import peak_memory
 from .methods import Method, Setting, Stage, head_of

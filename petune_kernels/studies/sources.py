@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from . import cache
+from .data import MAX_LABELS, label_order, read_rated
 from .errors import InputError, StudyError
 from .tasks import Examples, Named
-
-MAX_LABELS = 100
 
 
 @dataclass(frozen=True)
@@ -56,19 +55,7 @@ def indexed(name: str, say: Callable[[str], None] = lambda line: None) -> Source
 
 def _rated(folder: Path, name: str, kind: str = "") -> Source:
     file, expected = RATED_SETS[name]
-    path, texts, scores = folder / file, [], []
-    lines = path.read_bytes().decode("latin-1").rstrip("\n").split("\n")  # splitlines() would break at \x85, too
-    for number, line in enumerate(lines, 1):
-        try:
-            _, score, text = line.split("\t")
-            scores.append(float(score))
-        except ValueError:
-            raise InputError(
-                f"{path}, line {number}: expected `id <tab> score <tab> text`, got {line[:60]!r}"
-            ) from None
-        texts.append(text.strip())
-    if len(lines) != expected:
-        raise InputError(f"{path} has {len(lines)} rows, expected {expected}; delete its folder to fetch it again")
+    texts, scores = read_rated(folder / file, expected)
     if kind == "score":
         return Source(Examples(texts, None, scores), {}, ())
     signed = [(text, int(score > 0)) for text, score in zip(texts, scores, strict=True) if score]
@@ -134,7 +121,7 @@ def _labelled(
         for (where, _), value in zip(rows, raw, strict=True):
             if value.lower() == "nan":
                 raise InputError(f"{where}: the label is {value}; every row needs one")
-        names = tuple(sorted(set(raw), key=_label_order))
+        names = tuple(sorted(set(raw), key=label_order))
         if not 2 <= len(names) <= MAX_LABELS:
             raise InputError(
                 f"{what} has {len(names)} different labels, accepted are 2 to {MAX_LABELS}; "
@@ -161,13 +148,6 @@ def _number(where: str, value: str) -> float:
     if not math.isfinite(number):
         raise InputError(f"{where}: the label is {value!r}; a regression needs a finite number")
     return number
-
-
-def _label_order(label: str) -> tuple[int, float, str]:
-    try:
-        return (0, float(label), label)
-    except ValueError:
-        return (1, 0.0, label)
 
 
 def named(task: Named, folder: str | None = None) -> Source:

@@ -16,6 +16,7 @@ import numpy as np
 from scipy import stats
 from sklearn import metrics as scores
 
+from .data import normalised
 from .errors import InputError
 
 CLASSIFICATION = ("accuracy", "f1", "matthews")
@@ -142,10 +143,6 @@ NAMED: dict[str, Named] = {
 }
 """Metrics are those of the papers' tables; `primary` of a task's entry in a study file chooses another one (stsb:
 Pearson in the second paper, Spearman in the first; qqp and mrpc: F1 or accuracy)."""
-
-
-def normalised(text: str) -> str:
-    return " ".join(text.casefold().split())
 
 
 def scorer(labels: int) -> Callable[[Any, Any], dict[str, float]]:

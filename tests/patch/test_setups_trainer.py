@@ -9,13 +9,35 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 import petune_kernels as pk
 from petune_kernels.patch import pattern
 
-from .setups import FAMILIES, build, examples
+from . import models
+
+FAMILIES = ("bert", "llama")
+
+
+def build(family: str) -> nn.Module:
+    """Without dropout, in training mode. The generator is left as it was: Trainer calls this from model_init, after it
+    has seeded the data order."""
+    with torch.random.fork_rng([]):
+        return models.build(family, dropout=False).train()
+
+
+def examples(count: int, S: int = 11, seed: int = 0) -> list[dict[str, Tensor]]:
+    """A data set: `count` sequences of S ids with right padding of 0 to S/2, and labels of 3 classes."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    for _ in range(count):
+        length = S - int(torch.randint(S // 2, (), generator=generator))
+        ids = torch.randint(6, 97, (S,), generator=generator)
+        ids[length:] = 1
+        mask = (torch.arange(S) < length).long()
+        rows.append({"input_ids": ids, "attention_mask": mask, "labels": ids[0] % 3})
+    return rows
 
 
 def trainer(model: nn.Module | None, out: Path, callbacks: Any = None, **arguments: Any) -> Trainer:

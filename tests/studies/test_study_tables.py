@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import matplotlib
@@ -15,6 +16,7 @@ from rich.console import Console
 
 from petune_kernels.studies import analysis, layouts, pictures
 from petune_kernels.studies.errors import InputError
+from petune_kernels.studies.runner import describe
 from petune_kernels.studies.study import Run, Study, parse
 from petune_kernels.studies.tasks import Examples
 
@@ -26,24 +28,10 @@ LEVELS = {"FT": 0.8, "lora": 0.7, "bitfit": 0.6, "frozen": 0.5}
 def record(run: Run, value: float | None, rows: int = 400, **outcome: Any) -> dict[str, Any]:
     trained = {"FT": 1000, "frozen": 2}.get(run.method.title, 50)
     parts = {"test": value, **{name: None if value is None else value - 0.1 for name in run.task.out_of_domain}}
-    return {
-        "id": run.id,
-        "task": run.task.title,
-        "source": run.task.name,
-        "method": run.method.title,
-        "label": run.method.label or run.method.name,
-        "scale": run.method.scale,
-        "layer": run.method.options.get("layers"),
-        "protocol": run.task.protocol,
-        "leaky": run.task.leaky,
-        "stop_on": run.stop_on,
-        "vary": run.vary,
-        "wi": run.wi,
-        "do": run.do,
-        "patched": run.patched,
-        "primary": "accuracy",
-        "baseline": dict.fromkeys(parts, 0.5),
-        "rows": {"train": rows},
+    task = SimpleNamespace(
+        primary="accuracy", baseline=dict.fromkeys(parts, 0.5), train=range(rows), validation=(), dropped=0, tests={}
+    )
+    return describe(run, task) | {  # type: ignore[arg-type]
         "outcome": {
             "failed": value is None,
             "test": {part: {"accuracy": v} for part, v in parts.items()},
