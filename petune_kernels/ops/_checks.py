@@ -80,11 +80,6 @@ def seeds(op: str, seed: torch.Tensor | None, T: int, G: int, device: torch.devi
         raise ValueError(f"{op}: seed is on {seed.device}, x is on {device}; they must share one device")
 
 
-def new_seed(device: torch.device, count: int = 1) -> torch.Tensor:
-    """Dropout seeds from torch's own generator of the device, so that torch.manual_seed and checkpointing rule them."""
-    return torch.randint(-(2**63), 2**63 - 1, (count,), dtype=torch.int64, device=device)
-
-
 def contiguous_rows(x: torch.Tensor, T: int, H: int) -> torch.Tensor:
     return x.reshape(T, H).contiguous()
 

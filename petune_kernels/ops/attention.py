@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from .. import backends
 from ..backends import pick
 from . import _checks as check
+from ._seeds import new_seed
 
 
 class Attention(torch.autograd.Function):
@@ -177,7 +178,7 @@ def attention(
     if p == 0.0:
         seed = None
     elif seed is None:
-        seed = check.new_seed(q.device)
+        seed = new_seed(q.device)
     q, k, v = _dense_rows(q), _dense_rows(k), _dense_rows(v)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)):
         return Attention.apply(q, k, v, mask, seed, p, scale, causal)

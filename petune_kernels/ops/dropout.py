@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..backends import pick
 from . import _checks as check
+from ._seeds import new_seed
 
 
 class Dropout(torch.autograd.Function):
@@ -55,7 +56,7 @@ def dropout(x: Tensor, p: float = 0.5, training: bool = True, seed: Tensor | Non
     if not training or p == 0.0:
         return x
     if seed is None:
-        seed = check.new_seed(x.device)
+        seed = new_seed(x.device)
     x = x.contiguous()
     if torch.is_grad_enabled() and x.requires_grad:
         return Dropout.apply(x, seed, p)

@@ -32,6 +32,7 @@ from torch import Tensor
 from .. import matmul  # noqa: F401  (registers the ops' matmul kernels)
 from ..backends import pick
 from . import _checks as check
+from ._seeds import new_seed
 
 PATHS = ("auto", "adapter", "merged")
 
@@ -260,7 +261,7 @@ def lora_linear(
         if ps[i] == 0.0 or as_[i] is None:
             seeds[i] = None
         elif seeds[i] is None:
-            seeds[i] = check.new_seed(x.device, G)
+            seeds[i] = new_seed(x.device, G)
     ps = [float(q) if s is not None else 0.0 for q, s in zip(ps, seeds, strict=True)]
     merged = choose_path(path, x, T, G, ps)
     rows = check.contiguous_rows(x, T, K)

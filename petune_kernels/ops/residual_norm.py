@@ -32,6 +32,7 @@ from torch import Tensor
 from ..backends import pick
 from ..schema import ROW_XHAT, ROW_Z
 from . import _checks as check
+from ._seeds import new_seed
 
 
 class ResidualNorm(torch.autograd.Function):
@@ -136,7 +137,7 @@ def residual_norm(
     if p == 0.0:
         seed = None
     elif seed is None:
-        seed = check.new_seed(x.device)
+        seed = new_seed(x.device)
     shape = x.shape
     x = check.contiguous_rows(x, T, H)
     if residual is not None:
