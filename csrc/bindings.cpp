@@ -259,8 +259,7 @@ Tensor new_heads(const Tensor& like) {
 }
 
 Attention attention_args(const Tensor& q, const Tensor& k, const Tensor& v, const MaybeTensor& mask,
-                         const MaybeTensor& seed, double p, double scale, bool causal, const Tensor& o,
-                         const Tensor& lse) {
+                         const MaybeTensor& seed, double p, double scale, bool causal, const Tensor* o) {
   const int64_t B = q.size(0), h = q.size(1), S = q.size(2), K = k.size(2), D = q.size(3);
   STD_TORCH_CHECK(k.size(0) == B && k.size(1) == h && k.size(3) == D && shape_of(v) == shape_of(k),
                   "petune: q, k and v do not match");
@@ -277,15 +276,14 @@ Attention attention_args(const Tensor& q, const Tensor& k, const Tensor& v, cons
                  strides_of(q),
                  strides_of(k),
                  strides_of(v),
-                 strides_of(o),
+                 o ? strides_of(*o) : Strides{},
                  nullptr,
                  {},
                  seeds.data,
                  p,
                  scale,
                  causal,
-                 o.data_ptr(),
-                 static_cast<float*>(lse.data_ptr())};
+                 o ? o->data_ptr() : nullptr};
   if (!mask) return args;
   STD_TORCH_CHECK(
       shape_of(*mask) == Shape({B, h, S, K}) && dtype_of(*mask) == args.dtype && (K <= 1 || mask->stride(3) == 1),
@@ -295,18 +293,17 @@ Attention attention_args(const Tensor& q, const Tensor& k, const Tensor& v, cons
   return args;
 }
 
-std::tuple<Tensor, Tensor> attention(Tensor q, Tensor k, Tensor v, MaybeTensor mask, MaybeTensor seed, double p,
-                                     double scale, bool causal) {
-  Tensor o = new_heads(q), lse = torch::stable::new_empty(q, Shape{q.size(0), q.size(1), q.size(2)}, ScalarType::Float);
-  kernels::attention(attention_args(q, k, v, mask, seed, p, scale, causal, o, lse));
-  return {o, lse};
+Tensor attention(Tensor q, Tensor k, Tensor v, MaybeTensor mask, MaybeTensor seed, double p, double scale,
+                 bool causal) {
+  Tensor o = new_heads(q);
+  kernels::attention(attention_args(q, k, v, mask, seed, p, scale, causal, &o));
+  return o;
 }
 
 std::tuple<Tensor, Tensor, Tensor> attention_backward(Tensor d_o, Tensor q, Tensor k, Tensor v, MaybeTensor mask,
-                                                      Tensor o, Tensor lse, MaybeTensor seed, double p, double scale,
-                                                      bool causal) {
+                                                      MaybeTensor seed, double p, double scale, bool causal) {
   Tensor dq = new_heads(q), dk = new_heads(k), dv = new_heads(v);
-  kernels::attention_backward({attention_args(q, k, v, mask, seed, p, scale, causal, o, lse), d_o.data_ptr(),
+  kernels::attention_backward({attention_args(q, k, v, mask, seed, p, scale, causal, nullptr), d_o.data_ptr(),
                                strides_of(d_o), strides_of(dq), strides_of(dk), strides_of(dv), dq.data_ptr(),
                                dk.data_ptr(), dv.data_ptr()});
   return {dq, dk, dv};

@@ -36,9 +36,9 @@ SCHEMAS = {
     "column_sum": "(Tensor x, int groups) -> Tensor",
     "dropout": "(Tensor x, Tensor seed, float p) -> Tensor",
     "attention": "(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? seed, float p, float scale, bool causal) "
-    "-> (Tensor o, Tensor lse)",
-    "attention_backward": "(Tensor do, Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor o, Tensor lse, "
-    "Tensor? seed, float p, float scale, bool causal) -> (Tensor dq, Tensor dk, Tensor dv)",
+    "-> Tensor",
+    "attention_backward": "(Tensor do, Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? seed, "
+    " float p, float scale, bool causal) -> (Tensor dq, Tensor dk, Tensor dv)",
     # One list entry per projection; a, b, bias_b, seed are None where it has no adapter. xa is empty when merged.
     "lora_linear": "(Tensor x, Tensor[] w, Tensor?[] bias, Tensor?[] a, Tensor?[] b, Tensor?[] bias_b, Tensor?[] seed, "
     "float[] p, float[] scale, bool merged) -> (Tensor[] y, Tensor[] xa)",
@@ -101,11 +101,10 @@ def _dropout(x, seed, p):
 
 def _attention(q, k, v, mask, seed, p, scale, causal):
     # o is laid out [B, S, h, D] in memory: the projection after it reads rows of h*D without a copy.
-    o = q.new_empty([q.shape[0], q.shape[2], q.shape[1], v.shape[3]]).transpose(1, 2)
-    return o, q.new_empty(q.shape[:3], dtype=accumulator(q.dtype))
+    return q.new_empty([q.shape[0], q.shape[2], q.shape[1], v.shape[3]]).transpose(1, 2)
 
 
-def _attention_backward(do, q, k, v, mask, o, lse, seed, p, scale, causal):
+def _attention_backward(do, q, k, v, mask, seed, p, scale, causal):
     return tuple(t.new_empty([t.shape[0], t.shape[2], t.shape[1], t.shape[3]]).transpose(1, 2) for t in (q, k, v))
 
 

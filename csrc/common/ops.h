@@ -89,12 +89,11 @@ struct Attention {
   const int64_t* seed;  // element index ((b * h + head) * S + row) * K + column
   double p, scale;
   bool causal;  // row i sees columns up to i + K - S
-  void* o;
-  float* lse;  // [B, h, S]; -inf where a row sees nothing, whose o is 0
+  void* o;      // 0 in a row that sees nothing; unused in backward
 };
 
 struct AttentionBackward {
-  Attention forward;  // o and lse are inputs here
+  Attention forward;
   const void* d_o;
   Strides do_strides, dq_strides, dk_strides, dv_strides;
   void *dq, *dk, *dv;

@@ -354,16 +354,13 @@ void attention_pieces(const Attention& a, int64_t first, int64_t last) {
       for (int64_t r = 0; r < rows; ++r) {
         float* weights = s + r * score_row;
         const float top = head.scores(row + r, weights);
-        float& lse = a.lse[unit * S + row + r];
         if (top == -std::numeric_limits<float>::infinity()) {  // nothing to look at
           std::fill(weights, weights + columns, 0.0f);
           inverse[r] = 0.0f;
-          lse = top;
           continue;
         }
         const float total = exponentials(weights, head.visible(row + r), columns, top);
         inverse[r] = 1.0f / total;
-        lse = top + std::log(total);
         if (const float* keep = head.keep(row + r))
           for_vectors(head.visible(row + r), [&](int64_t i, auto n) {
             store(weights + i, load(weights + i) * first_lanes(load(keep + i), n));

@@ -2,23 +2,25 @@ r"""attention: softmax(q k^T * scale + mask), dropout, times v, with no [S, K] t
 
 Forward, for one (batch, head), q [S, D], k and v [K, D] (Vaswani et al. 2017):
 
-    Z = scale * q k^T + mask        P = softmax_rows(Z)        o = (keep * P) v        lse = log sum_columns exp(Z)
+    Z = scale * q k^T + mask        P = softmax_rows(Z)        o = (keep * P) v
 
 Backward. With P~ = keep * P (keep scaled by 1/(1-p)) and dP~ = do v^T:
 
     dv = P~^T do        dP = keep * dP~        dZ = P * (dP - delta)        dq = scale * dZ k        dk = scale * dZ^T q
 
-where delta_i = sum_j P_ij dP_ij, which equals do_i . o_i (Dao et al. 2022). Z and keep are computed again, tile by
-tile, from q, k and the seed; element ((b*h + head)*S + row)*K + column of the dropout mask is that of
-Z[b, head, row, column].
+where delta_i = sum_j P_ij dP_ij, summed from the tile at hand, so that neither o nor the rows' logsumexp is needed.
+Z and keep are computed again, tile by tile, from q, k and the seed; element ((b*h + head)*S + row)*K + column of the
+dropout mask is that of Z[b, head, row, column].
 
-A row that sees nothing (every column -inf) has o = 0, lse = -inf and no gradient, where eager has NaN. A row whose mask
+A row that sees nothing (every column -inf) has o = 0 and no gradient, where eager has NaN. A row whose mask
 holds the dtype's finite minimum everywhere, as Hugging Face writes it, sees every column alike, as in eager.
 
-Saved: q, k, v, the mask, o, lse [B, h, S] fp32 and the seed. Eager keeps the softmax, its dropped copy and the mask:
-three [B, h, S, K] tensors. The mask gets no gradient: it would be the [S, K] tensor this op avoids.
+Saved: q, k, v (grouped heads once), the mask and the seed; in a frame (_saving.py) not q, k and v. Eager keeps the
+softmax, its dropped copy and the mask: three [B, h, S, K] tensors. The mask gets no gradient: it would be the [S, K]
+tensor this op avoids.
 
-On CUDA PyTorch's own fused attention (flash) does the work unless a seed or a backend is asked for by name.
+On CUDA PyTorch's own fused attention (flash) does the work unless a seed or a backend is asked for by name. In a frame
+it runs once more in backward, since its own backward takes what only it can save.
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ from torch import Tensor, nn
 from .. import backends
 from ..backends import pick
 from . import _checks as check
-from ._seeds import new_seed
+from . import _saving as saving
+from ._seeds import new_seed, rewound, state
 
 
 class Attention(torch.autograd.Function):
@@ -48,21 +51,59 @@ class Attention(torch.autograd.Function):
         p: float,
         scale: float,
         causal: bool,
+        place: saving.Place | None,
     ) -> Tensor:
-        o, lse = pick("attention", q)(q, k, v, mask, seed, p, scale, causal)
-        ctx.save_for_backward(q, k, v, mask, o, lse, seed)
+        saving.save(ctx, *(place.slots(3) if place else (q, k, v)), mask, seed)
         ctx.p, ctx.scale, ctx.causal = p, scale, causal
-        return o
+        return pick("attention", q)(q, *_per_head(q, k, v), mask, seed, p, scale, causal)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        q, k, v, mask, o, lse, seed = ctx.saved_tensors
-        grads = pick("attention_backward", q)(
-            _dense_rows(do), q, k, v, mask, o, lse, seed, ctx.p, ctx.scale, ctx.causal
+        q, k, v, mask, seed = saving.load(ctx)
+        assert q is not None and k is not None and v is not None
+        dq, *dkv = pick("attention_backward", q)(
+            _dense_rows(do), q, *_per_head(q, k, v), mask, seed, ctx.p, ctx.scale, ctx.causal
         )
+        groups = q.shape[1] // k.shape[1]
+        if groups > 1:
+            dkv = [d.unflatten(1, (-1, groups)).sum(2) for d in dkv]
         wants = ctx.needs_input_grad[:3]
-        return (*(grad if want else None for grad, want in zip(grads, wants, strict=True)), *(None,) * 5)
+        return (*(grad if want else None for grad, want in zip((dq, *dkv), wants, strict=True)), *(None,) * 6)
+
+
+class NativeAgain(torch.autograd.Function):
+    """PyTorch's fused attention in a frame: it keeps nothing, and runs once more in backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p: float, scale: float, causal: bool,
+        place: saving.Place,
+    ) -> Tensor:  # fmt: skip
+        saving.save(ctx, *place.slots(3), mask)
+        ctx.p, ctx.scale, ctx.causal, ctx.state = p, scale, causal, state(q.device)
+        return _sdpa(q, k, v, mask, p, scale, causal)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        *qkv, mask = saving.load(ctx)
+        wants = ctx.needs_input_grad[:3]
+        with torch.enable_grad(), rewound(do.device, ctx.state):
+            q, k, v = (t.detach().requires_grad_(want) for t, want in zip(qkv, wants, strict=True) if t is not None)
+            o = _sdpa(q, k, v, mask, ctx.p, ctx.scale, ctx.causal)
+            grads = iter(torch.autograd.grad(o, [t for t in (q, k, v) if t.requires_grad], do))
+        return (*(next(grads) if want else None for want in wants), *(None,) * 5)
+
+
+def _per_head(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """k and v with a copy of each head for every query head that reads it."""
+    groups = q.shape[1] // k.shape[1]
+    return (k, v) if groups == 1 else (k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1))
+
+
+def _native(q: Tensor) -> bool:
+    return q.device.type == "cuda" and backends._forced is None
 
 
 def _dense_rows(t: Tensor) -> Tensor:
@@ -77,12 +118,11 @@ def _check_heads(op: str, q: Tensor, k: Tensor, v: Tensor) -> None:
         if t.dtype != q.dtype:
             raise TypeError(f"{op}: {name} is {t.dtype}, q is {q.dtype}; they must be equal")
     B, h, _, D = q.shape
-    expected = (B, h, k.shape[2], D)
     for name, t in (("k", k), ("v", v)):
-        if t.shape != expected:
+        if t.shape != (B, k.shape[1], k.shape[2], D) or k.shape[1] == 0 or h % k.shape[1]:
             raise ValueError(
-                f"{op}: {name} has shape {tuple(t.shape)}, q has {tuple(q.shape)}; accepted is [B, h, K, D] with q's "
-                "B, h and D and one K (repeat grouped heads first)"
+                f"{op}: {name} has shape {tuple(t.shape)}, q has {tuple(q.shape)}; accepted is [B, h_kv, K, D] with "
+                f"q's B and D, one K, and heads that divide q's {h}"
             )
 
 
@@ -126,6 +166,7 @@ def _check_mask(op: str, mask: Tensor, q: Tensor, K: int) -> Tensor:
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p: float, scale: float, causal: bool) -> Tensor:
     S, K = q.shape[2], k.shape[2]
+    k, v = _per_head(q, k, v)
     if causal and (mask is not None or S != K):  # SDPA aligns its causal mask at the first column, and takes only one
         hidden = torch.ones(S, K, dtype=torch.bool, device=q.device).triu(1 + K - S)
         mask = torch.zeros((), dtype=q.dtype, device=q.device) if mask is None else mask
@@ -147,7 +188,8 @@ def attention(
 
     Args:
         q: [B, h, S, D], float16, bfloat16, float32 or float64.
-        k, v: [B, h, K, D] in q's dtype. Any strides: a [B, S, h, D] tensor transposed costs no copy.
+        k, v: [B, h_kv, K, D] in q's dtype, h_kv a divisor of h: each head serves h / h_kv query heads that follow one
+            another. Any strides: a [B, S, h, D] tensor transposed costs no copy.
         mask: broadcasts to [B, h, S, K]; boolean (True is seen) or additive, used in q's dtype. None for none. It gets
             no gradient.
         p: dropout probability in [0, 1), in effect whenever it is not 0 (callers pass 0 in evaluation).
@@ -173,16 +215,33 @@ def attention(
         scale = q.shape[3] ** -0.5
     if mask is not None:
         mask = _check_mask(op, mask, q, k.shape[2])
-    if q.device.type == "cuda" and seed is None and backends._forced is None:
-        return _sdpa(q, k, v, mask, p, scale, causal)
+    place = saving.place()
+    if place:
+        place.leave(q, k, v)
+    tracked = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
+    if _native(q) and seed is None:
+        if place and tracked:
+            o = NativeAgain.apply(q, k, v, mask, p, scale, causal, place)
+        else:
+            o = _sdpa(q, k, v, mask, p, scale, causal)
+        return _left(o)
     if p == 0.0:
         seed = None
     elif seed is None:
         seed = new_seed(q.device)
     q, k, v = _dense_rows(q), _dense_rows(k), _dense_rows(v)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)):
-        return Attention.apply(q, k, v, mask, seed, p, scale, causal)
-    return pick(op, q)(q, k, v, mask, seed, p, scale, causal)[0]
+    if tracked:
+        return _left(Attention.apply(q, k, v, mask, seed, p, scale, causal, place))
+    return _left(pick(op, q)(q, *_per_head(q, k, v), mask, seed, p, scale, causal))
+
+
+def _left(o: Tensor) -> Tensor:
+    """o, which a layer that runs again makes again; elsewhere the projection after it keeps it, if it must."""
+    if saving.whole_layer() and (place := saving.place()):
+        place.leave(o)
+        if o.requires_grad:
+            saving.describe(o, place.slots(1)[0])
+    return o
 
 
 def attention_interface(
@@ -215,9 +274,6 @@ def attention_interface(
             raise ValueError(f"attention_interface: {name} is given; not supported, use attn_implementation='eager'")
     if kwargs.get("output_attentions"):
         return _with_weights(module, query, key, value, attention_mask, scaling, dropout, is_causal, **kwargs)
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:
-        key, value = (t.repeat_interleave(groups, 1) for t in (key, value))
     S, K = query.shape[2], key.shape[2]
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     causal = S > 1 and attention_mask is None and bool(causal)

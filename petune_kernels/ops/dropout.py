@@ -9,6 +9,7 @@ a mask byte (CUDA) or a whole scaled mask in x's dtype (CPU) for every element, 
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from ..backends import pick
 from . import _checks as check
+from . import _saving as saving
 from ._seeds import new_seed
 
 
@@ -24,13 +26,21 @@ class Dropout(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, seed: Tensor, p: float) -> Tensor:
         ctx.save_for_backward(seed)
         ctx.p = p
-        return pick("dropout", x)(x, seed, p)
+        y = pick("dropout", x)(x, seed, p)
+        before = saving.known(x)
+        if isinstance(before, saving.Recipe):
+            saving.describe(y, saving.Recipe(partial(_again, p), before, seed))
+        return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
         (seed,) = ctx.saved_tensors
         return pick("dropout", dy)(dy.contiguous(), seed, ctx.p), None, None
+
+
+def _again(p: float, x: Tensor, seed: Tensor) -> Tensor:
+    return pick("dropout", x)(x, seed, p)
 
 
 def dropout(x: Tensor, p: float = 0.5, training: bool = True, seed: Tensor | None = None) -> Tensor:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from .. import matmul
 from ..backends import pick
 from . import _checks as check
+from . import _saving as saving
 from .lora_linear import as_list, bias_gradient, projections
 
 
@@ -32,7 +33,7 @@ class PackedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, n: int, groups: int, *tensors: Any) -> Any:
         w, bias = list(tensors[:n]), list(tensors[n:])
-        ctx.save_for_backward(x if any(ctx.needs_input_grad[3 : 3 + n]) else None, *w, *bias)
+        saving.save(ctx, saving.known(x) if any(ctx.needs_input_grad[3 : 3 + n]) else None, *w, *bias)
         ctx.n, ctx.groups = n, groups
         return pick("packed_linear", x)(x, [m.to(x.dtype) for m in w], bias)
 
@@ -40,7 +41,7 @@ class PackedLinear(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Any:
         n = ctx.n
-        x, *saved = ctx.saved_tensors
+        x, *saved = saving.load(ctx)
         w, bias = saved[:n], saved[n:]
         want_w, want_bias = ctx.needs_input_grad[3 : 3 + n], ctx.needs_input_grad[3 + n :]
         dy, widths = dy.contiguous(), [m.shape[0] for m in w]

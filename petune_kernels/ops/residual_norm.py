@@ -18,12 +18,16 @@ All five come from one pass over dy and ONE saved row; mean(g) drops out for RMS
            mu is then summed again from the row, which is exact: xhat is not rounded a second time.
     x-hat  otherwise. Rounding x-hat to bf16 costs what eager pays for rounding z.
 
+y itself is never a saved tensor: a projection after the norm that needs it keeps the same row, and makes y again from
+it (_saving.py). In a frame the row is not kept either.
+
 The dropout mask is never stored: the seed is (8 bytes), and Philox gives the mask again. Eager keeps the LayerNorm's
 input, two statistics and a mask byte per element; this op keeps one row and one float a row.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,6 +36,7 @@ from torch import Tensor
 from ..backends import pick
 from ..schema import ROW_XHAT, ROW_Z
 from . import _checks as check
+from . import _saving as saving
 from ._seeds import new_seed
 
 
@@ -49,14 +54,17 @@ class ResidualNorm(torch.autograd.Function):
         eps: float,
         rms: bool,
         want_z: bool,
+        place: saving.Place | None,
     ) -> tuple[Tensor, Tensor]:
-        z_is_x = bias is None and residual is None and seed is None
-        keep_z = want_z or z_is_x
+        keep_z = want_z or is_z(bias, residual, seed)
         y, z, xhat, rstd = pick("residual_norm", x)(
             x, bias, residual, gamma, beta, seed, p, eps, rms, want_z, not keep_z
         )
-        row = xhat if not keep_z else z if want_z else x
-        ctx.save_for_backward(row, rstd, bias, gamma, beta, seed)
+        row: saving.Item = xhat if not keep_z else z if want_z else x
+        if place:
+            row, rstd = place.slots(2)
+        saving.save(ctx, row, rstd, bias, gamma, beta, seed)
+        saving.describe(y, saving.Recipe(partial(_normed_again, eps, rms) if keep_z else _affine, row, gamma, beta))
         ctx.p, ctx.rms, ctx.want_z, ctx.row_kind = p, rms, want_z, ROW_Z if keep_z else ROW_XHAT
         ctx.set_materialize_grads(False)
         return y, z
@@ -64,11 +72,11 @@ class ResidualNorm(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor | None, dz: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        row, rstd, bias, gamma, beta, seed = ctx.saved_tensors
+        row, rstd, bias, gamma, beta, seed = saving.load(ctx)
         want_x, want_bias, want_residual, want_gamma, want_beta = ctx.needs_input_grad[:5]
         if dy is None:
             if dz is None or not ctx.want_z:
-                return (None,) * 10
+                return (None,) * 11
             dy = torch.zeros_like(dz)
         # without dropout dx is dresidual: one tensor, written once
         want_dx = want_x and seed is not None
@@ -83,8 +91,29 @@ class ResidualNorm(torch.autograd.Function):
             dresidual if want_residual else None,
             dgamma if want_gamma else None,
             dbeta if want_beta else None,
-            *(None,) * 5,
+            *(None,) * 6,
         )
+
+
+def is_z(bias: Tensor | None, residual: Tensor | None, seed: Tensor | None) -> bool:
+    """Whether x itself is what is normalised."""
+    return bias is None and residual is None and seed is None
+
+
+def _affine(xhat: Tensor, gamma: Tensor | None, beta: Tensor | None) -> Tensor:
+    """y from x-hat, rounded once more."""
+    if gamma is None and beta is None:
+        return xhat
+    G = next(1 if t.dim() == 1 else t.shape[0] for t in (gamma, beta) if t is not None)
+    rows = xhat.view(G, -1, xhat.shape[1])
+    one, zero = (rows.new_tensor(c) for c in (1.0, 0.0))
+    gamma, beta = (c if t is None else t.view(G, 1, -1) for t, c in ((gamma, one), (beta, zero)))
+    return torch.addcmul(beta, rows, gamma).view_as(xhat).to(xhat.dtype)
+
+
+def _normed_again(eps: float, rms: bool, z: Tensor, gamma: Tensor | None, beta: Tensor | None) -> Tensor:
+    """y from z, as it was."""
+    return pick("residual_norm", z)(z, None, None, gamma, beta, None, 0.0, eps, rms, False, False)[0]
 
 
 def residual_norm(
@@ -143,8 +172,14 @@ def residual_norm(
     if residual is not None:
         residual = check.contiguous_rows(residual, T, H)
     tracked = (x, bias, residual, gamma, beta)
+    place = saving.place()
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tracked):
-        y, z = ResidualNorm.apply(x, bias, residual, gamma, beta, seed, p, eps, rms, return_z)
+        y, z = ResidualNorm.apply(x, bias, residual, gamma, beta, seed, p, eps, rms, return_z, place)
     else:
-        y, z, _, _ = pick(op, x)(x, bias, residual, gamma, beta, seed, p, eps, rms, return_z, False)
+        keep_z = return_z or is_z(bias, residual, seed)
+        y, z, xhat, rstd = pick(op, x)(
+            x, bias, residual, gamma, beta, seed, p, eps, rms, return_z, place is not None and not keep_z
+        )
+        if place:
+            place.leave(xhat if not keep_z else z if return_z else x, rstd)
     return (y.reshape(shape), z.reshape(shape)) if return_z else y.reshape(shape)

@@ -99,16 +99,14 @@ def test_mask_is_the_reference_mask_bit_for_bit(shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("seeing", ("nothing", "finfo.min"))
 def test_rows_whose_every_column_is_masked(dtype: torch.dtype, seeing: str) -> None:
-    """-inf everywhere: o = 0, lse = -inf, no gradients. finfo.min everywhere (Hugging Face's padding): as eager."""
+    """-inf everywhere: o = 0, no gradients. finfo.min everywhere (Hugging Face's padding): as eager."""
     q, k, v = make((2, 2, 40, 50, 16), dtype)
     mask = torch.zeros(2, 1, 40, 50, dtype=dtype)
     mask[0, :, 3] = mask[1] = -math.inf if seeing == "nothing" else torch.finfo(dtype).min
     o = attention(q, k, v, mask)
     grads = torch.autograd.grad(o, (q, k, v), torch.ones_like(o))
     if seeing == "nothing":
-        _, lse = torch.ops.petune.attention(q, k, v, mask.expand(2, 2, 40, 50), None, 0.0, 0.25, False)
         blind = (mask == -math.inf).all(-1).expand(2, 2, 40)
-        assert torch.equal(lse == -math.inf, blind) and not lse.isnan().any()
         assert not o[blind].any() and o[~blind].all()
         assert not grads[0][blind].any() and not any(g[1].any() for g in grads)
         assert all(g[0].isfinite().all() and g[0].any() for g in grads)
@@ -176,9 +174,26 @@ def test_saves_nothing_of_the_size_of_the_scores() -> None:
     mask = torch.zeros(B, 1, 1, K, dtype=torch.bfloat16)
     with torch.autograd.graph.saved_tensors_hooks(lambda s: saved.append(s) or s, lambda s: s):
         o = attention(q, k, v, mask, p=P)
-    inputs = {t.untyped_storage().data_ptr() for t in (q, k, v, mask, o)}
+    inputs = {t.untyped_storage().data_ptr() for t in (q, k, v, mask)}
     own = {s.untyped_storage().data_ptr(): s.untyped_storage().nbytes() for s in saved}
-    assert sorted(n for pointer, n in own.items() if pointer not in inputs) == [8, 4 * B * h * S]
+    assert sorted(n for pointer, n in own.items() if pointer not in inputs) == [8] and o.requires_grad
+
+
+@pytest.mark.parametrize("dtype", (torch.float64, *DTYPES), ids=str)
+def test_grouped_heads_as_repeated_ones(dtype: torch.dtype) -> None:
+    """The same values and gradients as for heads repeated outside, and no repeated head is kept."""
+    q = make((2, 6, 20, 20, 16), dtype)[0]
+    k, v = (t.detach()[:, :2].contiguous().requires_grad_() for t in make((2, 6, 20, 30, 16), dtype)[1:])
+    seed, do = torch.tensor([3]), torch.randn(2, 6, 20, 16).to(dtype)
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda s: saved.append(s) or s, lambda s: s):
+        o = attention(q, k, v, p=P, seed=seed)
+    assert {s.untyped_storage().data_ptr() for s in saved} == {t.untyped_storage().data_ptr() for t in (q, k, v, seed)}
+    apart = attention(q, k.repeat_interleave(3, 1), v.repeat_interleave(3, 1), p=P, seed=seed)
+    assert torch.equal(o, apart)
+    tol = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
+    for a, b in zip(*(torch.autograd.grad(y, (q, k, v), do) for y in (o, apart)), strict=True):
+        torch.testing.assert_close(a, b, rtol=tol, atol=tol)
 
 
 def test_activation_checkpointing_and_seeding() -> None:
@@ -254,11 +269,9 @@ def test_opcheck(dtype: torch.dtype) -> None:
     mask = torch.zeros(2, 1, 1, 7, dtype=dtype).expand(2, 2, 6, 7)
     for extra in ((mask, torch.tensor([3])), (None, None)):
         args = (q, k, v, *extra, P, 0.3, False)
-        o, lse = torch.ops.petune.attention(*args)
+        o = torch.ops.petune.attention(*args)
         torch.library.opcheck(torch.ops.petune.attention, args, test_utils=checks)
-        torch.library.opcheck(
-            torch.ops.petune.attention_backward, (o, q, k, v, extra[0], o, lse, *args[4:]), test_utils=checks
-        )
+        torch.library.opcheck(torch.ops.petune.attention_backward, (o, q, k, v, *args[3:]), test_utils=checks)
 
 
 def test_compiles_in_one_graph() -> None:
@@ -315,7 +328,10 @@ BAD = {
     "three dimensions": (lambda q, k, v: attention(q[0], k, v), ValueError, r"q has shape \(2, 3, 4\)"),
     "two dtypes": (lambda q, k, v: attention(q, k, v.bfloat16()), TypeError, "v is torch.bfloat16, q is torch.float32"),
     "two devices": (lambda q, k, v: attention(q, k.to("meta"), v), ValueError, "k is on meta"),
-    "other heads": (lambda q, k, v: attention(q, k[:, :1], v), ValueError, r"k has shape \(1, 1, 5, 4\)"),
+    "other heads": (lambda q, k, v: attention(q, k[:, :1], v), ValueError, r"v has shape \(1, 2, 5, 4\)"),
+    "heads that do not divide": (
+        lambda q, k, v: attention(q, *(t.repeat_interleave(2, 1)[:, :3] for t in (k, v))), ValueError, "that divide q"
+    ),
     "other columns": (lambda q, k, v: attention(q, k, v[:, :, :4]), ValueError, r"v has shape \(1, 2, 4, 4\)"),
     "another head width": (lambda q, k, v: attention(q, k, v[..., :3]), ValueError, r"v has shape \(1, 2, 5, 3\)"),
     "no head width": (lambda q, k, v: attention(q[..., :0], k, v), ValueError, "D at least 1"),

@@ -1,0 +1,249 @@
+"""What a Function keeps for backward, and how it gets back what it does not keep.
+
+A *recipe* makes a tensor again from tensors that are kept anyway: h = act(u + bias) from u, y = gamma xhat + beta from
+the row a norm keeps. The op that makes such a tensor says so (`describe`); whoever needs the tensor in its backward
+keeps the recipe instead (`known`), so that x of a projection costs nothing beside the norm or the activation before it.
+
+A *frame* is a part of a model that backward runs again: an attention module, a feed-forward block, a whole layer. An op
+inside one keeps *slots* instead of its tensors. The first slot that is asked for runs the part again, without
+gradients, from the same input, random state and autocast, up to the last tensor wanted, and fills all of its slots.
+
+Everything that a Function keeps goes through save_for_backward, as leaves of recipes if need be: hooks on saved tensors
+see all of it, and the graph holds nothing in secret. Under torch.compile there are no recipes and no frames: what is
+kept and what is made again is the compiler's to decide.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from . import _seeds
+
+_RECIPE = "_petune_recipe"
+
+
+class Recipe:
+    """A tensor as make(*parts). A part is a tensor or None, which is kept, or another recipe. `make` holds none."""
+
+    def __init__(self, make: Callable[..., Any], *parts: Item) -> None:
+        self.make, self.parts = make, parts
+        self.count: int = sum(part.count if isinstance(part, Recipe) else 1 for part in parts)
+
+    def leaves(self) -> Iterator[Tensor | None]:
+        for part in self.parts:
+            if isinstance(part, Recipe):
+                yield from part.leaves()
+            else:
+                yield part
+
+    def bare(self) -> Recipe:
+        """The same recipe without its tensors."""
+        return Recipe(self.make, *(part.bare() if isinstance(part, Recipe) else None for part in self.parts))
+
+    def again(self, kept: Iterator[Tensor | None]) -> Any:
+        """The tensor, from the leaves in their order."""
+        return self.make(*(part.again(kept) if isinstance(part, Recipe) else next(kept) for part in self.parts))
+
+    def __reduce__(self) -> Any:
+        return type(None), ()  # a tensor that is pickled or copied forgets how it was made
+
+
+Item = Tensor | Recipe | None
+
+
+class Slot(Recipe):
+    """Tensor `index` of what an op leaves at `place` when its frame runs again, from the frame's inputs."""
+
+    def __init__(self, frame: Frame, place: int, index: int, inputs: Recipe) -> None:
+        super().__init__(frame.fetch, inputs)
+        self.frame, self.place, self.index = frame, place, index
+
+    def leaves(self) -> Iterator[Tensor | None]:
+        self.frame.wanted[self.place] += 1
+        return super().leaves()
+
+    def bare(self) -> Slot:
+        return Slot(self.frame, self.place, self.index, self.parts[0].bare())  # type: ignore[union-attr]
+
+    def again(self, kept: Iterator[Tensor | None]) -> Any:
+        return self.frame.fetch(self.place, self.index, list(itertools.islice(kept, self.count)))
+
+
+def save(ctx: Any, *items: Item) -> None:
+    """save_for_backward for tensors, None and recipes; `load` gives them back in the same order."""
+    if not any(isinstance(item, Recipe) for item in items):
+        ctx.save_for_backward(*items)
+        ctx.items = None
+        return
+    whole = Recipe(_together, *items)
+    ctx.save_for_backward(*whole.leaves())
+    ctx.items = whole.bare()
+
+
+def load(ctx: Any) -> Sequence[Tensor | None]:
+    kept = ctx.saved_tensors
+    return kept if ctx.items is None else ctx.items.again(iter(kept))
+
+
+def _together(*values: Any) -> tuple[Any, ...]:
+    return values
+
+
+def describe(t: Tensor, recipe: Recipe) -> None:
+    """Says how t, just made, can be made again. Forgotten as soon as t is changed in place."""
+    if not torch.compiler.is_compiling():
+        t.__dict__[_RECIPE] = (recipe, t._version)
+
+
+def known(t: Tensor) -> Item:
+    """The recipe of t, also where t is a view of what was described; t itself if it has none."""
+    if torch.compiler.is_compiling():
+        return t
+    owner = t if t._base is None else t._base
+    recipe, version = owner.__dict__.get(_RECIPE, (None, 0))
+    if recipe is None or version != owner._version:
+        return t
+    if owner is t:
+        return recipe
+    size, stride, offset = t.size(), t.stride(), t.storage_offset()
+    return Recipe(lambda made: made.as_strided(size, stride, offset), recipe)
+
+
+class Place:
+    """Where an op stands in its frame."""
+
+    def __init__(self, frame: Frame, number: int) -> None:
+        self.frame, self.number = frame, number
+
+    def slots(self, count: int) -> list[Slot]:
+        """For the op to keep instead of the `count` tensors that it will leave here."""
+        return [Slot(self.frame, self.number, i, self.frame.inputs) for i in range(count)]
+
+    def leave(self, *tensors: Tensor | None) -> None:
+        """What the slots of this place stand for. The frame stops here if it wants nothing after it."""
+        self.frame.leave(self.number, tensors)
+
+
+def place() -> Place | None:
+    """The next place in the frame that is running, which ops take in the same order each time; None outside one."""
+    frame = _running.frame
+    if frame is None:
+        return None
+    frame.passed += 1
+    return Place(frame, frame.passed)
+
+
+def whole_layer() -> bool:
+    """Whether the frame that is running is a layer, of which nothing but the last row is kept."""
+    return _running.frame is not None and _running.frame.whole
+
+
+class _Running(threading.local):
+    frame: Frame | None = None
+
+
+_running = _Running()
+
+
+class _Enough(BaseException):
+    """Every tensor that a frame is asked for is there."""
+
+
+class Frame:
+    """One run of a part of a model: call(*args, **kwargs)."""
+
+    def __init__(self, call: Callable[..., Any], args: Any, kwargs: Mapping[str, Any], whole: bool) -> None:
+        flat, spec = pytree.tree_flatten((args, dict(kwargs)))
+        tensors = [i for i, value in enumerate(flat) if isinstance(value, Tensor)]
+        others = [None if isinstance(value, Tensor) else value for value in flat]
+
+        def arguments(*made: Tensor) -> Any:
+            values = list(others)
+            for i, t in zip(tensors, made, strict=True):
+                values[i] = t
+            return pytree.tree_unflatten(values, spec)
+
+        self.call, self.whole = call, whole
+        self.inputs = Recipe(arguments, *(known(flat[i]) for i in tensors))
+        self.device = flat[tensors[0]].device
+        self.state = _seeds.state(self.device)
+        self.autocast = [
+            dict(device_type=kind, enabled=torch.is_autocast_enabled(kind), dtype=torch.get_autocast_dtype(kind))
+            for kind in dict.fromkeys(("cpu", self.device.type))
+            if torch.amp.is_autocast_available(kind)
+        ]
+        self.passed = 0
+        self.wanted: Counter[int] = Counter()
+        self.left: dict[int, tuple[Sequence[Tensor | None], int]] = {}
+        self.again = False
+
+    def leave(self, number: int, tensors: Sequence[Tensor | None]) -> None:
+        if self.again and number in self.wanted:
+            self.left[number] = tensors, self.wanted[number]
+            if len(self.left) == len(self.wanted):
+                raise _Enough
+
+    def fetch(self, number: int, index: int, kept: list[Tensor | None]) -> Tensor | None:
+        """A tensor that was left at a place. What everybody has fetched is forgotten."""
+        if number not in self.left:
+            self._run_again(kept)
+        tensors, times = self.left.pop(number)
+        if times > 1:
+            self.left[number] = tensors, times - 1
+        return tensors[index]
+
+    def _run_again(self, kept: list[Tensor | None]) -> None:
+        args, kwargs = self.inputs.again(iter(kept))
+        before, _running.frame = _running.frame, self
+        self.again, self.passed, self.left = True, 0, {}
+        try:
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(torch.no_grad())
+                stack.enter_context(_seeds.rewound(self.device, self.state))
+                for setting in self.autocast:
+                    stack.enter_context(torch.autocast(**setting))
+                self.call(*args, **kwargs)
+            raise RuntimeError(
+                f"backward ran {self.call} again, and it took another path than in forward: a model with memory="
+                "'recompute' or 'checkpoint' must do the same with the same input. Use memory='exact'"
+            )
+        except _Enough:
+            pass
+        finally:
+            self.again, _running.frame = False, before
+
+
+def framed(call: Callable[..., Any], args: Any, kwargs: Mapping[str, Any], whole: bool = False) -> Any:
+    """call(*args, **kwargs), as a frame where gradients are recorded and a frame can keep every argument."""
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or _running.frame is not None:
+        return call(*args, **kwargs)
+    flat = pytree.tree_leaves((args, dict(kwargs)))
+    if not any(isinstance(value, Tensor) for value in flat):
+        return call(*args, **kwargs)
+    if not all(value is None or isinstance(value, (Tensor, bool, int, float, str)) for value in flat):
+        return call(*args, **kwargs)  # a cache, say, which a second run would fill a second time
+    frame = _running.frame = Frame(call, args, kwargs, whole)
+    try:
+        return call(*args, **kwargs)
+    finally:
+        _running.frame = None
+        frame.inputs = frame.inputs.bare()
+
+
+@contextlib.contextmanager
+def outside() -> Iterator[None]:
+    """Within it no frame is running: what is made here is kept."""
+    frame, _running.frame = _running.frame, None
+    try:
+        yield
+    finally:
+        _running.frame = frame
