@@ -36,7 +36,9 @@ class Recipe:
 
     def __init__(self, make: Callable[..., Any], *parts: Item) -> None:
         self.make, self.parts = make, parts
-        self.count: int = sum(part.count if isinstance(part, Recipe) else 1 for part in parts)
+        inner = [part for part in parts if isinstance(part, Recipe)]
+        self.count: int = len(parts) - len(inner) + sum(part.count for part in inner)
+        self.framed: bool = any(part.framed for part in inner)
 
     def leaves(self) -> Iterator[Tensor | None]:
         for part in self.parts:
@@ -65,7 +67,7 @@ class Slot(Recipe):
 
     def __init__(self, frame: Frame, place: int, index: int, inputs: Recipe) -> None:
         super().__init__(frame.fetch, inputs)
-        self.frame, self.place, self.index = frame, place, index
+        self.frame, self.place, self.index, self.framed = frame, place, index, True
 
     def leaves(self) -> Iterator[Tensor | None]:
         self.frame.wanted[self.place] += 1
@@ -89,7 +91,7 @@ def save(ctx: Any, *items: Item) -> None:
     ctx.items = whole.bare()
 
 
-def load(ctx: Any) -> Sequence[Tensor | None]:
+def load(ctx: Any) -> Sequence[Any]:
     kept = ctx.saved_tensors
     return kept if ctx.items is None else ctx.items.again(iter(kept))
 
@@ -116,6 +118,11 @@ def known(t: Tensor) -> Item:
         return recipe
     size, stride, offset = t.size(), t.stride(), t.storage_offset()
     return Recipe(lambda made: made.as_strided(size, stride, offset), recipe)
+
+
+def can_be_made(t: Tensor) -> bool:
+    """Whether keeping t for a gradient costs nothing."""
+    return torch.is_grad_enabled() and isinstance(known(t), Recipe)
 
 
 class Place:
@@ -158,6 +165,12 @@ class _Enough(BaseException):
     """Every tensor that a frame is asked for is there."""
 
 
+def _kept_elsewhere(t: Tensor) -> Item:
+    """The recipe of t if it needs no other frame, which would need one before it, and so on; else t."""
+    recipe = known(t)
+    return t if isinstance(recipe, Recipe) and recipe.framed else recipe
+
+
 class Frame:
     """One run of a part of a model: call(*args, **kwargs)."""
 
@@ -173,7 +186,7 @@ class Frame:
             return pytree.tree_unflatten(values, spec)
 
         self.call, self.whole = call, whole
-        self.inputs = Recipe(arguments, *(known(flat[i]) for i in tensors))
+        self.inputs = Recipe(arguments, *(_kept_elsewhere(flat[i]) for i in tensors))
         self.device = flat[tensors[0]].device
         self.state = _seeds.state(self.device)
         self.autocast = [

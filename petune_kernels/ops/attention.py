@@ -61,7 +61,6 @@ class Attention(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         q, k, v, mask, seed = saving.load(ctx)
-        assert q is not None and k is not None and v is not None
         dq, *dkv = pick("attention_backward", q)(
             _dense_rows(do), q, *_per_head(q, k, v), mask, seed, ctx.p, ctx.scale, ctx.causal
         )

@@ -58,17 +58,37 @@ class BiasAct(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dh: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         u, bias, gate = saving.load(ctx)
-        assert u is not None
         wants = ctx.needs_input_grad[:3]
         grads = pick("bias_act_backward", u)(dh.contiguous(), u, bias, gate, ctx.act, *wants)
         return (*(grad if want else None for grad, want in zip(grads, wants, strict=True)), None, None)
+
+
+class BiasActCoded(torch.autograd.Function):
+    """The same, keeping act' in a byte an element instead of u."""
+
+    @staticmethod
+    def forward(ctx: Any, u: Tensor, bias: Tensor | None, act: int) -> Tensor:
+        h, code = pick("bias_act_coded", u)(u, bias, act)
+        ctx.save_for_backward(code, bias)
+        ctx.act = act
+        return h
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dh: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        code, bias = ctx.saved_tensors
+        wants = ctx.needs_input_grad[:2]
+        grads = pick("bias_act_coded_backward", dh)(dh.contiguous(), code, bias, ctx.act, *wants)
+        return (*(grad if want else None for grad, want in zip(grads, wants, strict=True)), None)
 
 
 def _again(act: int, u: Tensor, bias: Tensor | None, gate: Tensor | None) -> Tensor:
     return pick("bias_act", u)(u, bias, gate, act)
 
 
-def bias_act(u: Tensor, bias: Tensor | None = None, act: str = "gelu", gate: Tensor | None = None) -> Tensor:
+def bias_act(
+    u: Tensor, bias: Tensor | None = None, act: str = "gelu", gate: Tensor | None = None, *, coded: bool = False
+) -> Tensor:
     """h = act(u + bias), times gate if there is one; see the top of this file.
 
     Args:
@@ -77,6 +97,8 @@ def bias_act(u: Tensor, bias: Tensor | None = None, act: str = "gelu", gate: Ten
             dtype that is neither u's nor float32 is used in float32.
         act: "gelu" (exact), "gelu_tanh", "relu" or "silu".
         gate: same shape as u. Where its dtype differs, both are promoted as torch.mul promotes them.
+        coded: keep a code of act' (a byte an element) for backward instead of u. In effect in 16 bits only, where its
+            error is that of rounding, and without a gate, whose gradient needs u.
 
     Returns:
         h, like u.
@@ -104,5 +126,7 @@ def bias_act(u: Tensor, bias: Tensor | None = None, act: str = "gelu", gate: Ten
     if place:
         place.leave(u, gate)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (u, bias, gate)):
+        if coded and gate is None and place is None and u.dtype in (torch.bfloat16, torch.float16):
+            return BiasActCoded.apply(u, bias, index).reshape(shape)
         return BiasAct.apply(u, bias, gate, index, place).reshape(shape)
     return pick(op, u)(u, bias, gate, index).reshape(shape)

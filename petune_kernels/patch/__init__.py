@@ -25,6 +25,7 @@ from . import (
     shared_input,
     trace,
 )  # fmt: skip
+from . import memory as levels
 from .pattern import Parts, Pattern
 from .report import Entry, PatchReport
 
@@ -46,31 +47,43 @@ class PatchError(RuntimeError):
     """Nothing to patch, a candidate left alone under strict=True, or a model that cannot be unpatched as it is."""
 
 
-def patch(model: nn.Module, *, strict: bool = False) -> PatchReport:
+def patch(model: nn.Module, *, strict: bool = False, memory: str = "exact") -> PatchReport:
     """Binds fused forwards to the modules of `model` that a pattern recognises and verifies.
 
     The model stays the same object with the same parameters, hooks, state-dict keys and checkpoints, and computes the
-    same numbers to rounding. Patching twice is a no-op. Nothing is printed.
+    same numbers to rounding. Patching twice is a no-op, but for another `memory`. Nothing is printed.
 
     Args:
         model: any nn.Module; Hugging Face and PEFT models among them. On any device, also meta.
         strict: raise PatchError if a candidate is left alone, with the reasons.
+        memory: what is kept for backward, most first. In bytes a token and unit of width, for a layer of BERT in 16
+            bits with dropout; docs/kernels.md, "Memory", has every case:
+            "exact": 18 to 20, nothing is computed again but element-wise work;
+            "coded": 4 fewer where the activation's input serves its derivative alone (no LoRA on or training of the
+                projection after it): 8 bits of that derivative, with an error like bfloat16's own. Same as exact in
+                float32;
+            "recompute": 4 to 6, the matmuls before attention and activation run again in backward;
+            "checkpoint": 2, a layer runs again but for its last matmul. Without a cache while training.
+            A module that is given a filled cache (prefix tuning), and everything under torch.compile, stays at "exact".
 
     Returns:
         PatchReport: for every module, the pattern that runs it or why none does.
 
     Raises:
         TypeError: `model` is no nn.Module.
-        PatchError: nothing in it matches, its parameters are sharded already, or `strict` and something was left
-            alone. The model is then as before.
+        ValueError: `memory` is none of these.
+        PatchError: nothing in it matches, its parameters are sharded already, `strict` and something was left alone,
+            or nothing in it could be set to `memory`. The model is then as before.
     """
+    if memory not in levels.LEVELS:
+        raise ValueError(f"patch: memory is {memory!r}; accepted are {', '.join(levels.LEVELS)}")
     if not isinstance(model, nn.Module):
         raise TypeError(f"patch: model is {type(model).__name__}; accepted is a torch.nn.Module")
     sharded = next((n for n, p in model.named_parameters() if hasattr(p, "full_tensor")), None)
     if sharded is not None:
         raise PatchError(f"patch: {sharded} is sharded (a DTensor); patch the model once, before fully_shard")
     plan = _survey(model)
-    report = PatchReport(tuple(plan.entries), _backends(model, plan.entries))
+    report = PatchReport(tuple(plan.entries), _backends(model, plan.entries), memory)
     if not report.patched:
         kinds = sorted({e.kind for e in plan.entries})
         refused = "; ".join(f"{path}: {reason}" for path, reason in list(report.refused.items())[:5])
@@ -81,10 +94,19 @@ def patch(model: nn.Module, *, strict: bool = False) -> PatchReport:
     if strict and report.refused:
         reasons = "; ".join(f"{path}: {reason}" for path, reason in report.refused.items())
         raise PatchError(f"patch: strict=True and {len(report.refused)} candidates were left alone: {reasons}")
+    before = pattern.bindings(model)
     for module, found, parts in plan.modules:
         pattern.bind(module, found, parts)
     for root, served in plan.attention:
         attention.bind(root, served)
+    attending = [m for root in filter(attention.bound, model.modules()) for m in attention.served(root)]
+    if not levels.set_level(model, memory, attending, plan.seen) and memory != "exact":
+        pattern.bind_again(before)
+        for root, _ in plan.attention:
+            attention.unbind(root)
+        raise PatchError(
+            f"patch: memory is {memory!r}, and this {type(model).__name__} has no {levels.NEEDS[memory]} to set to it"
+        )
     backends.warn_if_slow()
     return report
 
@@ -98,7 +120,7 @@ def unpatch(model: nn.Module) -> None:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"unpatch: model is {type(model).__name__}; accepted is a torch.nn.Module")
-    bound = {path: module for path, module in model.named_modules() if pattern.pattern_of(module)}
+    bound = {path: module for path, module in model.named_modules() if pattern.bound(module)}
     foreign = [path for path, module in bound.items() if pattern.foreign_forward(module)]
     if foreign:
         raise PatchError(
@@ -112,9 +134,9 @@ def unpatch(model: nn.Module) -> None:
 
 
 @contextlib.contextmanager
-def patched(model: nn.Module, *, strict: bool = False) -> Iterator[PatchReport]:
+def patched(model: nn.Module, *, strict: bool = False, memory: str = "exact") -> Iterator[PatchReport]:
     """`with patched(model) as report:` patches on entry and unpatches on exit."""
-    report = patch(model, strict=strict)
+    report = patch(model, strict=strict, memory=memory)
     try:
         yield report
     finally:
@@ -128,12 +150,13 @@ class _Plan:
     modules: list[tuple[nn.Module, Pattern, Any]] = field(default_factory=list)
     attention: list[tuple[nn.Module, list[nn.Module]]] = field(default_factory=list)
     entries: list[Entry] = field(default_factory=list)
+    seen: trace.Trace = field(default_factory=trace.Trace)
 
 
 def _survey(model: nn.Module) -> _Plan:
     """Changes nothing."""
-    plan, part_of = _Plan(), dict[nn.Module, str]()
-    seen = trace.observe(model)
+    seen, part_of = trace.observe(model), dict[nn.Module, str]()
+    plan = _Plan(seen=seen)
     whole = _whole_models(model, seen, plan)
     groups, strangers = _groups(model, seen)
     for path, module in model.named_modules():
@@ -141,7 +164,7 @@ def _survey(model: nn.Module) -> _Plan:
         already = None if pattern.foreign_forward(module) else pattern.pattern_of(module)
         if module in whole:
             plan.entries.append(Entry(path, kind, *whole[module]))
-        if already is None and module in groups and "forward" not in module.__dict__:
+        if already is None and module in groups:
             plan.modules.append((module, shared_input.PATTERN, groups[module]))
             already = shared_input.PATTERN.name
             _claim_adapter(module, part_of)
@@ -197,7 +220,7 @@ def _groups(model: nn.Module, seen: trace.Trace) -> tuple[dict[nn.Module, shared
     groups: dict[nn.Module, shared_input.Group] = {}
     refused: dict[nn.Module, str] = {}
     for modules in shared_input.groups(model, seen):
-        if any("forward" in m.__dict__ for m in modules):
+        if any(pattern.foreign_forward(m) or pattern.pattern_of(m) for m in modules):
             continue
         reason = shared_input.verify(modules)
         if reason:
@@ -224,7 +247,7 @@ def _match(module: nn.Module, call: trace.Call | None) -> tuple[Pattern | None, 
     reasons: dict[str, bool] = {}
     for candidate in PATTERNS:
         for parts in candidate.parts(module, call):
-            if "forward" in module.__dict__:
+            if pattern.foreign_forward(module):
                 reason = "its forward was replaced on the instance"
             else:
                 reason = candidate.refuse(module, parts) or pattern.verify(module, candidate, parts, call)

@@ -1,7 +1,9 @@
-"""Pattern `linear`: an nn.Linear whose weight is frozen while its bias trains, as in BitFit; and what a projection is.
+"""Pattern `linear`: an nn.Linear whose bias trains, or whose weight does on an x that can be made again; and what a
+projection is.
 
-The bias gradient is a float32 column sum whatever the dtype. With any other choice of what trains, torch's own linear
-already keeps and computes the least, and runs.
+The bias gradient is a float32 column sum whatever the dtype. A weight that trains needs its x in backward: where x can
+be made again from what is kept anyway (the output of a fused norm or activation), the op keeps no x. With any other
+choice torch's own linear already keeps and computes the least, and runs.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import _checks as check
+from ..ops import _saving as saving
 from ..ops.frozen_linear import frozen_linear
 from .pattern import Parts, Pattern, foreign_forward, has_hooks, random_rows
 from .trace import Call
@@ -58,7 +61,7 @@ def _parts(module: nn.Module, call: Call | None) -> Sequence[Parts]:
 
 
 def _refuse(module: nn.Module, parts: Parts) -> str:
-    return "it has no bias, and torch's own keeps and computes no more" if module.bias is None else ""
+    return ""
 
 
 def _sample(module: nn.Module, parts: Parts, generator: torch.Generator, call: Call | None) -> tuple[Tensor, ...]:
@@ -69,9 +72,13 @@ def _sample(module: nn.Module, parts: Parts, generator: torch.Generator, call: C
 def run(this: Projection, x: Tensor) -> Tensor:
     """A projection without an adapter."""
     w, bias = this.w, this.bias
-    if bias is None or w.requires_grad or not bias.requires_grad or not this.takes(x):
-        return F.linear(x, w, bias)
-    return frozen_linear(x, w, bias)
+    pays = saving.can_be_made(x) if w.requires_grad else bias is not None and bias.requires_grad
+    return frozen_linear(x, w, bias) if pays and this.takes(x) else F.linear(x, w, bias)
+
+
+def matmul(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x w^T + bias for a fused forward."""
+    return run(Projection(w, bias), x)
 
 
 def _forward(module: nn.Linear, parts: Parts, x: Tensor) -> Tensor:

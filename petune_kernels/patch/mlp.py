@@ -9,6 +9,8 @@ A module that is called with x alone and holds an activation, one to three proje
 
 with a dropout before the last projection or after it. Which reading is right, its own forward says on a sample. A
 projection that is no plain nn.Linear (PEFT's LoRA layer, one with hooks) is called, with its own bias.
+
+With parts["coded"] an activation whose output no projection keeps for its own gradients keeps a code (ops/bias_act.py).
 """
 
 from __future__ import annotations
@@ -17,11 +19,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops.bias_act import bias_act
-from . import activation, pattern
+from . import activation, linear, pattern, shared_input
 from .pattern import Parts, Pattern, is_plain
 from .trace import Call
 
@@ -38,7 +39,8 @@ def _parts(module: nn.Module, call: Call | None) -> Sequence[Parts]:
     if len(acts) != 1 or None in acts.values() or not widths or len(drops) > 1 or len(widths) > 3:
         return ()
     (act, fn), names = next(iter(acts.items())), list(widths)
-    base: dict[str, Any] = {"act": act, "fn": fn}
+    base: dict[str, Any] = {"act": act, "fn": fn, "coded": False}
+    base["next"] = tuple(m for m in call.next if shared_input.is_projection(m)) if call else ()
     if len(names) == 1:
         return () if drops else ({**base, "up": names[0]},)
     down = [n for n in names if all(n == m or widths[n][0] in (widths[m][1], widths[m][1] // 2) for m in names)]
@@ -66,7 +68,7 @@ def _sample(module: nn.Module, parts: Parts, generator: torch.Generator, call: C
 def _project(dense: Any, x: Tensor) -> tuple[Tensor, Tensor | None]:
     """dense(x), its bias apart where that can be fused."""
     if is_plain(dense, nn.Linear):
-        return F.linear(x, dense.weight), dense.bias
+        return linear.matmul(x, dense.weight), dense.bias
     return dense(x), None
 
 
@@ -75,7 +77,7 @@ def _halves(dense: Any, x: Tensor, swap: bool) -> tuple[Tensor, Tensor | None, T
     if is_plain(dense, nn.Linear):
         w, c = dense.weight.chunk(2), (None, None) if dense.bias is None else dense.bias.chunk(2)
         a, g = (1, 0) if swap else (0, 1)
-        return F.linear(x, w[a]), c[a], F.linear(x, w[g], c[g])
+        return linear.matmul(x, w[a]), c[a], linear.matmul(x, w[g], c[g])
     u, gate = dense(x).chunk(2, -1)
     return (gate, None, u) if swap else (u, None, gate)
 
@@ -91,12 +93,21 @@ def _forward(module: nn.Module, parts: Parts, x: Tensor) -> Tensor:
         gate = getattr(module, parts["up"])(x)
     else:
         u, bias = _project(getattr(module, parts["up"]), x)
-    h = bias_act(u, bias, parts["fn"], gate)
+    h = bias_act(u, bias, parts["fn"], gate, coded=parts["coded"] and _spare(module, parts))
     if "mid" in parts:
         h = getattr(module, parts["mid"])(h)
     if "down" in parts:
         h = getattr(module, parts["down"])(h)
     return getattr(module, parts["end"])(h) if "end" in parts else h
+
+
+def _spare(module: nn.Module, parts: Parts) -> bool:
+    """Whether every projection that takes h is known and needs no h for its gradients."""
+    takers = (getattr(module, parts["down"]),) if "down" in parts else parts["next"]
+    found = [shared_input.projection(m) if shared_input.is_projection(m) else None for m in takers]
+    return bool(found) and all(
+        it is not None and not any(t is not None and t.requires_grad for t in (it.w, it.a, it.b)) for it in found
+    )
 
 
 def _claims(module: nn.Module, parts: Parts) -> Sequence[str]:

@@ -67,10 +67,46 @@ def pattern_of(module: nn.Module) -> str | None:
     return module.__dict__.get(_MARK)
 
 
+def bound(module: nn.Module) -> bool:
+    """Whether a forward of this library was bound here: a pattern's, or a frame around the module's own."""
+    return _MARK in module.__dict__
+
+
 def bind(module: nn.Module, pattern: Pattern, parts: Any) -> None:
     # functools.partial: deep-copies and pickles with its module, and torch.compile traces it
     module.__dict__["forward"] = functools.partial(pattern.forward, module, parts)
     module.__dict__[_MARK] = pattern.name
+
+
+def bindings(model: nn.Module) -> dict[nn.Module, dict[str, Any]]:
+    """What is bound in a model now, for `bind_again`."""
+    return {m: {k: m.__dict__[k] for k in ("forward", _MARK) if k in m.__dict__} for m in model.modules()}
+
+
+def bind_again(before: dict[nn.Module, dict[str, Any]]) -> None:
+    for module, own in before.items():
+        for name in ("forward", _MARK):
+            module.__dict__.pop(name, None)
+        module.__dict__.update(own)
+
+
+def frame(module: nn.Module, around: Callable[..., Any]) -> None:
+    """Binds around(module, parts, own, *args, **kwargs), where `own` is the fused forward or, without one, its own."""
+    own = module.__dict__.get("forward") or functools.partial(type(module).forward, module)
+    parts = own.args[1] if _MARK in module.__dict__ else None
+    module.__dict__["forward"] = functools.partial(around, module, parts, own)
+    module.__dict__.setdefault(_MARK, None)
+
+
+def framed(module: nn.Module) -> bool:
+    return _MARK in module.__dict__ and not foreign_forward(module) and len(module.__dict__["forward"].args) == 3
+
+
+def unframe(module: nn.Module) -> None:
+    if module.__dict__[_MARK] is None:
+        unbind(module)
+    else:
+        module.__dict__["forward"] = module.__dict__["forward"].args[2]
 
 
 def undisturbed(module: nn.Module) -> bool:
@@ -87,9 +123,9 @@ def foreign_forward(module: nn.Module) -> bool:
     """True where somebody else set `forward` on the instance (accelerate's hooks do), before or after us."""
     forward = module.__dict__.get("forward")
     if forward is None:
-        return pattern_of(module) is not None
+        return bound(module)
     ours = isinstance(forward, functools.partial) and forward.func.__module__.startswith("petune_kernels.patch")
-    return not (ours and pattern_of(module) is not None)
+    return not (ours and bound(module))
 
 
 def unbind(module: nn.Module) -> None:
@@ -104,7 +140,7 @@ def bare(module: nn.Module, twins: dict[nn.Module, nn.Module] | None = None) -> 
         return twins[module]
     twin = twins[module] = copy.copy(module)
     twin.__dict__ = dict(module.__dict__, training=False)
-    if pattern_of(module) is not None and not foreign_forward(module):
+    if bound(module) and not foreign_forward(module):
         unbind(twin)
     for name in (*_HOOKS, *_HOOK_FLAGS):
         twin.__dict__[name] = type(getattr(module, name))()

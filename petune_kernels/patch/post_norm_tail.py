@@ -11,11 +11,10 @@ import inspect
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops.residual_norm import residual_norm
-from . import norm, pattern
+from . import linear, norm, pattern
 from .pattern import Parts, Pattern, is_plain
 from .trace import Call
 
@@ -55,7 +54,7 @@ def _forward(module: nn.Module, parts: Parts, hidden_states: Tensor, input_tenso
     if not is_plain(dropout, nn.Dropout) or dropout.p >= 1.0:
         x, bias, p = dropout(dense(hidden_states)), None, 0.0
     elif is_plain(dense, nn.Linear):
-        x, bias, p = F.linear(hidden_states, dense.weight), dense.bias, dropout.p
+        x, bias, p = linear.matmul(hidden_states, dense.weight), dense.bias, dropout.p
     else:
         x, bias, p = dense(hidden_states), None, dropout.p
     y = residual_norm(

@@ -29,6 +29,7 @@ class PatchReport:
     entries: tuple[Entry, ...]
     backends: dict[str, str]
     """op -> backend ("cpu", "cuda", "triton" or "reference") on the model's device"""
+    memory: str = "exact"
 
     @property
     def patched(self) -> dict[str, str]:

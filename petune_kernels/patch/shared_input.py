@@ -33,6 +33,10 @@ class Group:
         return {"modules": self.modules, "pending": None}
 
 
+def is_projection(module: nn.Module) -> bool:
+    return type(module) is nn.Linear or lora.is_layer(module)
+
+
 def projection(module: nn.Module) -> Projection | None:
     return linear.projection(module) if type(module) is nn.Linear else lora.projection(module)
 

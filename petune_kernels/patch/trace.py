@@ -7,6 +7,7 @@ runs on a bare copy (pattern.bare): no hook fires, no mode is switched, no rando
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,11 +21,12 @@ from . import pattern
 
 @dataclass(frozen=True)
 class Call:
-    """How a module was first called, and how often."""
+    """How a module was first called, how often, and which modules were called with what it gave."""
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     times: int = 1
+    next: tuple[nn.Module, ...] = ()
 
 
 @dataclass
@@ -37,6 +39,8 @@ class Trace:
     """root -> the module that was run for it: the root itself, or its base model"""
     outputs: dict[nn.Module, list[Tensor]] = field(default_factory=dict)
     """root -> what that run gave"""
+    made: dict[nn.Module, Tensor] = field(default_factory=dict)
+    """module -> the first tensor of what it gave"""
 
     def unused(self, module: nn.Module) -> bool:
         """True where everything could be run and this module was not called."""
@@ -60,14 +64,16 @@ def observe(model: nn.Module) -> Trace:
             twins: dict[nn.Module, nn.Module] = {}
             twin = pattern.bare(module, twins)
             calls: dict[nn.Module, Call] = {}
+            made: dict[nn.Module, Tensor] = {}
             for original, copy in twins.items():
-                _watch(original, copy, calls)
+                _watch(original, copy, calls, made)
             try:
                 trace.outputs[root] = run(twin)
             except Exception as error:  # the reason goes into the report of every pattern that needs the trace
                 reasons.append(f"{type(module).__name__} does not run on its own dummy input: {_line(error)}")
                 continue
-            trace.calls.update(calls)
+            trace.calls.update(_follow(calls, made))
+            trace.made.update(made)
             trace.ran[root] = module
             break
         else:
@@ -85,12 +91,30 @@ def run(root: nn.Module) -> list[Tensor]:
     return [v for v in values if isinstance(v, Tensor) and v.is_floating_point()]
 
 
-def _watch(original: nn.Module, twin: nn.Module, calls: dict[nn.Module, Call]) -> None:
+def _watch(original: nn.Module, twin: nn.Module, calls: dict[nn.Module, Call], made: dict[nn.Module, Tensor]) -> None:
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         first = calls.get(original, Call(args, kwargs, 0))
         calls[original] = Call(first.args, first.kwargs, first.times + 1)
 
+    def after(module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
+        first = out[0] if isinstance(out, (tuple, list)) and out else out
+        if isinstance(first, Tensor):
+            made.setdefault(original, first)
+
     twin.register_forward_pre_hook(before, with_kwargs=True)
+    twin.register_forward_hook(after)
+
+
+def _follow(calls: dict[nn.Module, Call], made: dict[nn.Module, Tensor]) -> dict[nn.Module, Call]:
+    """The calls, with what was called next. All tensors are alive here, so that an id is one tensor's."""
+    takers: dict[int, list[nn.Module]] = {}
+    for module, call in calls.items():
+        for value in (*call.args[:1], *list(call.kwargs.values())[:1]):
+            takers.setdefault(id(value), []).append(module)
+    return {
+        module: dataclasses.replace(call, next=tuple(takers.get(id(made.get(module)), ())))
+        for module, call in calls.items()
+    }
 
 
 def _device(root: nn.Module) -> torch.device:

@@ -1,0 +1,104 @@
+"""The memory dial: what a patched model keeps for backward, and what backward makes again.
+
+    exact        every row that a gradient needs, once; only element-wise work is done again
+    coded        where its input serves nothing else, an 8-bit code of the activation's derivative; in 16 bits only
+    recompute    not q, k, v and the feed-forward block's inner rows: their projections run again in backward
+    checkpoint   one row a layer: backward runs the layer again, but for its last projection, which nothing needs
+
+`recompute` makes frames (ops/_saving.py) of attention modules and feed-forward blocks, `checkpoint` of layers, as
+transformers' own checkpointing does. The norm that ends a layer stands outside the layer's frame: its row is what the
+next layer starts from.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..ops import _saving as saving
+from . import mlp, pattern
+from .trace import Trace
+
+LEVELS = ("exact", "coded", "recompute", "checkpoint")
+
+_log = logging.getLogger(__name__)
+
+
+NEEDS = {
+    "coded": "activation that a pattern runs",
+    "recompute": "attention or feed-forward block that a pattern runs",
+    "checkpoint": "layer of transformers' kind (GradientCheckpointingLayer)",
+}
+"""What a level acts on."""
+
+
+def set_level(model: nn.Module, level: str, attending: Iterable[nn.Module], seen: Trace) -> int:
+    """Sets a patched model to a level, whatever it had; returns on how many modules the level acts.
+
+    attending: the modules that call the attention op. seen: the model's trace.
+    """
+    ours = [m for m in model.modules() if pattern.bound(m) and not pattern.foreign_forward(m)]
+    for module in filter(pattern.framed, ours):
+        pattern.unframe(module)
+    blocks = [m for m in ours if pattern.pattern_of(m) == mlp.PATTERN.name]
+    for block in blocks:
+        pattern.bind(block, mlp.PATTERN, {**pattern.bound_parts(block), "coded": level == "coded"})
+    if level in ("exact", "coded"):
+        return len(blocks)
+    whole = level == "checkpoint"
+    layers = [m for m in model.modules() if _is_layer(m) and not pattern.foreign_forward(m)]
+    chosen = layers if whole else [*attending, *blocks]
+    for module in chosen:
+        pattern.frame(module, _layer if whole else _part)
+    for last in [last for layer in layers if whole for last in _last(layer, seen)]:
+        pattern.frame(last, _kept)
+    return len(chosen)
+
+
+def _is_layer(module: nn.Module) -> bool:
+    layers = sys.modules.get("transformers.modeling_layers")
+    return layers is not None and isinstance(module, layers.GradientCheckpointingLayer)
+
+
+def _last(layer: nn.Module, seen: Trace) -> list[nn.Module]:
+    """The fused norm whose output is the layer's own."""
+    out = seen.made.get(layer)
+    norms = (m for m in layer.modules() if pattern.pattern_of(m) in ("post_norm_tail", "norm"))
+    return [m for m in norms if out is not None and seen.made.get(m) is out and m is not layer]
+
+
+def _part(module: nn.Module, parts: Any, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return saving.framed(own, args, _without_cache(module, kwargs))
+
+
+def _layer(module: nn.Module, parts: Any, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return saving.framed(own, args, _without_cache(module, kwargs), whole=True)
+
+
+def _kept(module: nn.Module, parts: Any, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    with saving.outside():
+        return own(*args, **kwargs)
+
+
+def _without_cache(module: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """A cache that holds nothing yet is left out while training, as transformers leaves it out when it checkpoints: the
+    second run would fill it a second time. A module with a full one (a prefix) is no frame."""
+    cache = kwargs.get("past_key_values")
+    if cache is None or not (module.training and torch.is_grad_enabled()):
+        return kwargs
+    index = next((i for m in module.modules() if isinstance(i := getattr(m, "layer_idx", None), int)), None)
+    if index is None or cache.get_seq_length(index):
+        return kwargs
+    _say_once()
+    return kwargs | {"past_key_values": None} | ({"use_cache": False} if "use_cache" in kwargs else {})
+
+
+@functools.cache
+def _say_once() -> None:
+    _log.warning("memory='recompute' and 'checkpoint' train without a cache: past_key_values is left empty")
