@@ -193,9 +193,9 @@ Tensor bias_act(Tensor u, MaybeTensor bias, MaybeTensor gate, int64_t act) {
   const Small params({&bias}, T, N);
   const Launch launch(u);
   Output h(true, u, {T, N});
-  kernels::bias_act(
-      {T, N, params.G, dtype_of(u), params.dtype, read(u), read(bias), read(gate), static_cast<Act>(act), h.data()},
-      launch.stream());
+  kernels::bias_act({T, N, params.G, dtype_of(u), params.dtype, read(u), read(bias), read(gate), static_cast<Act>(act),
+                     h.data(), nullptr},
+                    launch.stream());
   return h.tensor;
 }
 
@@ -206,24 +206,55 @@ std::tuple<Tensor, Tensor, Tensor> bias_act_backward(Tensor dh, Tensor u, MaybeT
   const Launch launch(u);
   Output du(want_du, u, {T, N}), dgate(want_dgate, u, {T, N});
   Output dbias = small(want_dbias, bias, u);
-  BiasActBackward args{T,
-                       N,
-                       params.G,
-                       dtype_of(u),
-                       params.dtype,
-                       read(dh),
-                       read(u),
-                       read(bias),
-                       read(gate),
-                       static_cast<Act>(act),
-                       du.data(),
-                       dbias.data(),
-                       dgate.data(),
-                       nullptr};
+  BiasActBackward args{
+      T,          N,          params.G, dtype_of(u),           params.dtype, read(dh),     read(u),
+      read(bias), read(gate), nullptr,  static_cast<Act>(act), du.data(),    dbias.data(), dgate.data(),
+      nullptr};
   Tensor workspace = Launch::workspace(u, kernels::bias_act_backward_workspace(args));
   args.workspace = write(workspace);
   kernels::bias_act_backward(args, launch.stream());
   return {du.tensor, dbias.tensor, dgate.tensor};
+}
+
+std::tuple<Tensor, Tensor> bias_act_coded(Tensor u, MaybeTensor bias, int64_t act) {
+  const int64_t T = u.size(0), N = u.size(1);
+  const Small params({&bias}, T, N);
+  const Launch launch(u);
+  Output h(true, u, {T, N});
+  Tensor code = torch::stable::new_empty(u, Shape{T, N}, ScalarType::Byte);
+  kernels::bias_act({T, N, params.G, dtype_of(u), params.dtype, read(u), read(bias), nullptr, static_cast<Act>(act),
+                     h.data(), static_cast<uint8_t*>(write(code))},
+                    launch.stream());
+  return {h.tensor, code};
+}
+
+std::tuple<Tensor, Tensor> bias_act_coded_backward(Tensor dh, Tensor code, MaybeTensor bias, int64_t act, bool want_du,
+                                                   bool want_dbias) {
+  const int64_t T = dh.size(0), N = dh.size(1);
+  STD_TORCH_CHECK(code.scalar_type() == ScalarType::Byte && shape_of(code) == shape_of(dh),
+                  "petune: the code is uint8 of dh's shape");
+  const Small params({&bias}, T, N);
+  const Launch launch(dh);
+  Output du(want_du, dh, {T, N}), dbias = small(want_dbias, bias, dh);
+  BiasActBackward args{T,
+                       N,
+                       params.G,
+                       dtype_of(dh),
+                       params.dtype,
+                       read(dh),
+                       nullptr,
+                       nullptr,
+                       nullptr,
+                       static_cast<const uint8_t*>(read(code)),
+                       static_cast<Act>(act),
+                       du.data(),
+                       dbias.data(),
+                       nullptr,
+                       nullptr};
+  Tensor workspace = Launch::workspace(dh, kernels::bias_act_backward_workspace(args));
+  args.workspace = write(workspace);
+  kernels::bias_act_backward(args, launch.stream());
+  return {du.tensor, dbias.tensor};
 }
 
 Tensor column_sum(Tensor x, int64_t groups) {
@@ -315,6 +346,8 @@ STABLE_TORCH_LIBRARY_IMPL(petune, PETUNE_KEY, m) {
   m.impl("residual_norm_backward", TORCH_BOX(&residual_norm_backward));
   m.impl("bias_act", TORCH_BOX(&bias_act));
   m.impl("bias_act_backward", TORCH_BOX(&bias_act_backward));
+  m.impl("bias_act_coded", TORCH_BOX(&bias_act_coded));
+  m.impl("bias_act_coded_backward", TORCH_BOX(&bias_act_coded_backward));
   m.impl("column_sum", TORCH_BOX(&column_sum));
   m.impl("dropout", TORCH_BOX(&dropout));
 #ifndef PETUNE_CUDA

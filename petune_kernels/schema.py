@@ -33,6 +33,11 @@ SCHEMAS = {
     "bias_act": "(Tensor u, Tensor? bias, Tensor? gate, int act) -> Tensor",
     "bias_act_backward": "(Tensor dh, Tensor u, Tensor? bias, Tensor? gate, int act, bool want_du, bool want_dbias, "
     "bool want_dgate) -> (Tensor du, Tensor dbias, Tensor dgate)",
+    # code [T, N], uint8, stands for act'(u + bias) in uniform steps (reference.SLOPE_CODES); NaN has code 0. Backward
+    # reads it instead of u, and of bias only what dbias is like.
+    "bias_act_coded": "(Tensor u, Tensor? bias, int act) -> (Tensor h, Tensor code)",
+    "bias_act_coded_backward": "(Tensor dh, Tensor code, Tensor? bias, int act, bool want_du, bool want_dbias) "
+    "-> (Tensor du, Tensor dbias)",
     "column_sum": "(Tensor x, int groups) -> Tensor",
     "dropout": "(Tensor x, Tensor seed, float p) -> Tensor",
     "attention": "(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? seed, float p, float scale, bool causal) "
@@ -88,6 +93,17 @@ def _bias_act_backward(dh, u, bias, gate, act, want_du, want_dbias, want_dgate):
         u.new_empty(u.shape) if want_du else _nothing(u),
         bias.new_empty(bias.shape) if want_dbias else _nothing(u),
         u.new_empty(u.shape) if want_dgate else _nothing(u),
+    )
+
+
+def _bias_act_coded(u, bias, act):
+    return u.new_empty(u.shape), u.new_empty(u.shape, dtype=torch.uint8)
+
+
+def _bias_act_coded_backward(dh, code, bias, act, want_du, want_dbias):
+    return (
+        dh.new_empty(dh.shape) if want_du else _nothing(dh),
+        bias.new_empty(bias.shape) if want_dbias else _nothing(dh),
     )
 
 

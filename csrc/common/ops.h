@@ -13,6 +13,18 @@ enum class DType : int { f32, bf16, f16 };
 enum class Row : int { xhat, z, y };
 enum class Act : int { gelu, gelu_tanh, relu, silu };
 
+// The 8-bit code of act': code c stands for act' = lo + step * c. Derived in petune_kernels/reference.py.
+struct SlopeCode {
+  double lo, step;
+};
+constexpr SlopeCode slope_code(Act act) {
+  if (act == Act::relu) return {0.0, 1.0};  // act' is 0 or 1, its own code
+  const double lo = act == Act::gelu        ? -0.12890414518515479
+                    : act == Act::gelu_tanh ? -0.12899306865877177
+                                            : -0.09983932012886692;
+  return {lo, (1.0 - 2.0 * lo) / 255.0};
+}
+
 struct ResidualNorm {
   int64_t T, H, G;           // rows, width, replicas of the small parameters
   int64_t seeds;             // elements of seed: 1 or G
@@ -46,12 +58,14 @@ struct BiasAct {
   const void *u, *bias, *gate;  // bias, gate may be null
   Act act;
   void* h;
+  uint8_t* code;  // [T, N]: the code of act' (bias_act_coded, which has no gate); null: not wanted
 };
 
 struct BiasActBackward {
   int64_t T, N, G;
   DType dtype, param_dtype;
   const void *dh, *u, *bias, *gate;
+  const uint8_t* code;  // bias_act_coded_backward: there instead of u, bias and gate, and without d_gate; else null
   Act act;
   void *du, *dbias, *dgate;  // each may be null
   void* workspace;

@@ -1,5 +1,6 @@
 // bias_act on the CPU: one pass over u (and gate, dh). Backward sums d_bias in the pass that writes d_u; each piece of
-// rows has its own fp32 sums, added in a fixed order. The derivation is in petune_kernels/ops/bias_act.py.
+// rows has its own fp32 sums, added in a fixed order. The derivation is in petune_kernels/ops/bias_act.py. `coded`: the
+// forward also writes the 8-bit code of act', and the backward reads that instead of u.
 #define PETUNE_FILE "bias_act.cpp"
 #include "foreach_isa.h"
 
@@ -32,22 +33,26 @@ PETUNE_INLINE ValueAndSlope activate(f32v v) {
   }
 }
 
-// body(std::integral_constant<Act, ...>) for the activation asked for
-template <class Body>
-PETUNE_INLINE void with_act(Act act, Body&& body) {
-  switch (act) {
-    case Act::gelu:
-      return body(std::integral_constant<Act, Act::gelu>{});
-    case Act::gelu_tanh:
-      return body(std::integral_constant<Act, Act::gelu_tanh>{});
-    case Act::relu:
-      return body(std::integral_constant<Act, Act::relu>{});
-    case Act::silu:
-      return body(std::integral_constant<Act, Act::silu>{});
-  }
+// body(act, X{}, coded) for what the call asks for; act and coded are integral constants
+template <class Op, class Body>
+PETUNE_INLINE void with_kernel(const Op& a, Body&& body) {
+  const auto with_act = [&](auto x, auto coded) {
+    switch (a.act) {
+      case Act::gelu:
+        return body(std::integral_constant<Act, Act::gelu>{}, x, coded);
+      case Act::gelu_tanh:
+        return body(std::integral_constant<Act, Act::gelu_tanh>{}, x, coded);
+      case Act::relu:
+        return body(std::integral_constant<Act, Act::relu>{}, x, coded);
+      case Act::silu:
+        return body(std::integral_constant<Act, Act::silu>{}, x, coded);
+    }
+  };
+  const auto with_coded = [&](auto x) { a.code ? with_act(x, std::true_type{}) : with_act(x, std::false_type{}); };
+  a.dtype == DType::bf16 ? with_coded(bf16{}) : with_coded(float{});
 }
 
-template <Act act, class X>
+template <Act act, class X, bool coded>
 void bias_act_rows(const BiasAct& a, int64_t begin, int64_t end) {
   const int64_t N = a.N, replica_rows = a.T / a.G;
   const auto bias = scratch(1, N);
@@ -63,15 +68,19 @@ void bias_act_rows(const BiasAct& a, int64_t begin, int64_t end) {
     for_vectors(N, [&](int64_t i, auto n) {
       f32v v = load(u + i, n);
       if (a.bias) v += load(bias.get() + i);
-      v = activate<act>(v).value;
-      if (gate) v *= load(gate + i, n);
-      store(h + i, v, n);
+      const ValueAndSlope f = activate<act>(v);
+      store(h + i, gate ? f.value * load(gate + i, n) : f.value, n);
+      if constexpr (coded) {
+        constexpr SlopeCode line = slope_code(act);
+        constexpr float lo = line.lo, per_step = 1.0 / line.step;
+        store(a.code + t * N + i, (f.slope - lo) * per_step, n);
+      }
     });
   }
 }
 
 // Rows [begin, end) of one replica; the sums of d_bias go to partial [N] if it is wanted.
-template <Act act, class X>
+template <Act act, class X, bool coded>
 void bias_act_backward_rows(const BiasActBackward& a, int64_t replica, int64_t begin, int64_t end, float* partial) {
   const int64_t N = a.N;
   const auto rows = scratch(2, N);
@@ -83,9 +92,16 @@ void bias_act_backward_rows(const BiasActBackward& a, int64_t replica, int64_t b
     const X* u = static_cast<const X*>(a.u) + t * N;
     const X* gate = a.gate ? static_cast<const X*>(a.gate) + t * N : nullptr;
     for_vectors(N, [&](int64_t i, auto n) {
-      f32v v = load(u + i, n);
-      if (a.bias) v += load(bias + i);
-      const ValueAndSlope f = activate<act>(v);
+      ValueAndSlope f;
+      if constexpr (coded) {
+        constexpr SlopeCode line = slope_code(act);
+        constexpr float lo = line.lo, step = line.step;
+        f = {f32v{}, load(a.code + t * N + i, n) * step + lo};
+      } else {
+        f32v v = load(u + i, n);
+        if (a.bias) v += load(bias + i);
+        f = activate<act>(v);
+      }
       const f32v d = load(dh + i, n);
       if (a.dgate) store(static_cast<X*>(a.dgate) + t * N + i, d * f.value, n);
       if (a.du || a.dbias) {
@@ -99,25 +115,22 @@ void bias_act_backward_rows(const BiasActBackward& a, int64_t replica, int64_t b
 }
 
 inline void bias_act_forward(const BiasAct& a) {
-  with_act(a.act, [&](auto act) {
-    parallel(a.T, 8, [&](int64_t begin, int64_t end) {
-      a.dtype == DType::bf16 ? bias_act_rows<act.value, bf16>(a, begin, end)
-                             : bias_act_rows<act.value, float>(a, begin, end);
-    });
+  with_kernel(a, [&](auto act, auto x, auto coded) {
+    parallel(a.T, 8,
+             [&](int64_t begin, int64_t end) { bias_act_rows<act.value, decltype(x), coded.value>(a, begin, end); });
   });
 }
 
 inline void bias_act_backward(const BiasActBackward& a) {
   const RowChunks chunks(a.T, a.G);
   float* partial = static_cast<float*>(a.workspace);
-  with_act(a.act, [&](auto act) {
+  with_kernel(a, [&](auto act, auto x, auto coded) {
     parallel(a.G * chunks.per_replica, 1, [&](int64_t first, int64_t last) {
       for (int64_t piece = first; piece < last; ++piece) {
         const int64_t replica = piece / chunks.per_replica, chunk = piece % chunks.per_replica;
         const int64_t begin = chunks.begin(replica, chunk), end = chunks.end(replica, chunk);
         float* sums = a.dbias ? partial + piece * a.N : nullptr;
-        a.dtype == DType::bf16 ? bias_act_backward_rows<act.value, bf16>(a, replica, begin, end, sums)
-                               : bias_act_backward_rows<act.value, float>(a, replica, begin, end, sums);
+        bias_act_backward_rows<act.value, decltype(x), coded.value>(a, replica, begin, end, sums);
       }
     });
   });

@@ -42,6 +42,43 @@ PETUNE_INLINE void store(bf16* p, f32v v) {
   std::memcpy(p, &half, sizeof half);
 }
 
+// Bytes as whole numbers. Written out, because g++ 12 widens and narrows vectors of bytes lane by lane.
+PETUNE_INLINE f32v load(const uint8_t* p) {
+#if PETUNE_LEVEL == 2
+  return (f32v)_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#elif PETUNE_LEVEL == 1
+  return (f32v)_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+#elif PETUNE_X86
+  int32_t word;
+  std::memcpy(&word, p, sizeof word);
+  const __m128i zero = _mm_setzero_si128(), pairs = _mm_unpacklo_epi8(_mm_cvtsi32_si128(word), zero);
+  return (f32v)_mm_cvtepi32_ps(_mm_unpacklo_epi16(pairs, zero));
+#else
+  f32v v;
+  for (int i = 0; i < kLanes; ++i) v[i] = p[i];
+  return v;
+#endif
+}
+
+// Rounds to nearest, ties to even. Below 0 and for NaN it stores 0; v is below 255.5.
+PETUNE_INLINE void store(uint8_t* p, f32v v) {
+#if PETUNE_LEVEL == 2
+  const __m512i whole = _mm512_cvtps_epi32((__m512)v);  // NaN becomes the least integer
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                   _mm512_cvtepi32_epi8(_mm512_max_epi32(whole, _mm512_setzero_si512())));
+#elif PETUNE_LEVEL == 1
+  const __m256i whole = _mm256_cvtps_epi32((__m256)v);
+  const __m128i pairs = _mm_packs_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(pairs, pairs));
+#elif PETUNE_X86
+  const __m128i whole = _mm_cvtps_epi32((__m128)v), pairs = _mm_packs_epi32(whole, whole);
+  const int32_t word = _mm_cvtsi128_si32(_mm_packus_epi16(pairs, pairs));
+  std::memcpy(p, &word, sizeof word);
+#else
+  for (int i = 0; i < kLanes; ++i) p[i] = v[i] > 0.0f ? static_cast<uint8_t>(std::nearbyint(v[i])) : 0;
+#endif
+}
+
 // The first n lanes; the others read as zero.
 template <class X>
 PETUNE_INLINE f32v load(const X* p, int n) {

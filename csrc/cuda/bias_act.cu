@@ -2,17 +2,25 @@
 //
 //   backward   v = u + b,  d_u = dh * gate * act'(v),  d_b = sum over rows d_u,  d_gate = dh * act(v)
 //              One pass over dh, u (and gate); v and the activation are computed again, nothing else is saved.
+//   coded      forward also writes the 8-bit code of act', backward reads it instead of u: act' = lo + step * code.
 //
 // act: gelu v * cdf(v), cdf(v) = (1 + erf(v / sqrt 2)) / 2, gelu' = cdf(v) + v * pdf(v); gelu_tanh with tanh(sqrt(2/pi)
 // (v + 0.044715 v^3)) for the erf; relu (derivative 0 at 0); silu v * sigmoid(v). The activation is chosen per chunk by
-// a branch that the whole grid takes alike; only the column sum is a compile-time switch, for its registers.
+// a branch that the whole grid takes alike; only the column sum and the code are compile-time switches, for their
+// registers.
 #include "columns.cuh"
 
 namespace petune::cuda {
 namespace {
 
-// rows in flight per thread; the backward reads two or three tensors
-constexpr int kRows = 4, kBackwardRows = 2;
+// Rows in flight per thread, as many as spill no register: a code costs the forward some, and saves the backward the
+// activation; byte by byte it costs more.
+template <bool kVector, bool kCoded>
+constexpr int kForwardRows = !kCoded   ? 4
+                             : kVector ? 3
+                                       : 2;
+template <bool kVector, bool kCoded>
+constexpr int kBackwardRows = kVector && kCoded ? 4 : 2;
 
 struct Activated {
   float value, slope;
@@ -78,6 +86,11 @@ __device__ __forceinline__ void with_activation(Act act, F&& f) {
   }
 }
 
+// How a code and the slope it stands for follow from each other: offset and factor of whichever is wanted.
+struct SlopeLine {
+  float lo, scale;
+};
+
 // v = u + bias, where there is one.
 template <typename T>
 __device__ __forceinline__ void make_v(uint4 raw, const float (&bias)[kChunk<T>], float (&v)[kChunk<T>]) {
@@ -97,11 +110,13 @@ __device__ __forceinline__ void load_bias(const void* param, const Columns& colu
   }
 }
 
-template <typename T, bool kVector>
-__global__ void __launch_bounds__(kColumnBlock, 2) bias_act_kernel(BiasAct op, Columns columns) {
-  constexpr int V = kChunk<T>;
+// scale: codes per unit of slope
+template <typename T, bool kVector, bool kCoded>
+__global__ void __launch_bounds__(kColumnBlock, 2) bias_act_kernel(BiasAct op, SlopeLine line, Columns columns) {
+  constexpr int V = kChunk<T>, kRows = kForwardRows<kVector, kCoded>;
   const ColumnPlace at(columns, V);
   const int64_t step = static_cast<int64_t>(columns.blocks) * at.rows;
+  const bool has_gate = !kCoded && op.gate != nullptr;
   float bias[V];
   load_bias<T, kVector>(op.bias, columns, at, bias);
   for (int64_t i0 = static_cast<int64_t>(at.block) * at.rows + at.row; i0 < columns.per_replica; i0 += step * kRows) {
@@ -111,16 +126,21 @@ __global__ void __launch_bounds__(kColumnBlock, 2) bias_act_kernel(BiasAct op, C
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       u[r] = load<kVector>(static_cast<const T*>(op.u) + offset(r), valid(r));
-      if (op.gate != nullptr) gate[r] = load<kVector>(static_cast<const T*>(op.gate) + offset(r), valid(r));
+      if (has_gate) gate[r] = load<kVector>(static_cast<const T*>(op.gate) + offset(r), valid(r));
     }
     with_activation<T>(op.act, [&](auto activate) {
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
-        float h[V];
+        float h[V], code[V];
         make_v<T>(u[r], bias, h);
 #pragma unroll
-        for (int j = 0; j < V; ++j) h[j] = activate(h[j]).value;
-        if (op.gate != nullptr) {
+        for (int j = 0; j < V; ++j) {
+          const Activated f = activate(h[j]);
+          h[j] = f.value;
+          code[j] = (f.slope - line.lo) * line.scale;
+        }
+        if constexpr (kCoded) store_bytes<kVector>(op.code + offset(r), valid(r), code);
+        if (has_gate) {
           float wide_gate[V];
           unpack<T>(gate[r], wide_gate);
 #pragma unroll
@@ -132,34 +152,42 @@ __global__ void __launch_bounds__(kColumnBlock, 2) bias_act_kernel(BiasAct op, C
   }
 }
 
-template <typename T, bool kVector, bool kBias>
+// scale: slope per code
+template <typename T, bool kVector, bool kBias, bool kCoded>
 __global__ void __launch_bounds__(kColumnBlock, 2)
-    bias_act_backward_kernel(BiasActBackward op, Columns columns, ColumnSums sums) {
-  constexpr int V = kChunk<T>;
+    bias_act_backward_kernel(BiasActBackward op, SlopeLine line, Columns columns, ColumnSums sums) {
+  constexpr int V = kChunk<T>, kRows = kBackwardRows<kVector, kCoded>;
   const ColumnPlace at(columns, V);
   const int64_t step = static_cast<int64_t>(columns.blocks) * at.rows;
   const bool want_slope = kBias || op.du != nullptr;
-  const bool want_gate = want_slope && op.gate != nullptr;  // d_gate alone does not read the gate
+  const bool want_gate = !kCoded && want_slope && op.gate != nullptr;  // d_gate alone does not read the gate
   float bias[V], sum[V] = {};
-  load_bias<T, kVector>(op.bias, columns, at, bias);
-  for (int64_t i0 = static_cast<int64_t>(at.block) * at.rows + at.row; i0 < columns.per_replica;
-       i0 += step * kBackwardRows) {
-    uint4 dh[kBackwardRows], u[kBackwardRows], gate[kBackwardRows] = {};
+  load_bias<T, kVector>(kCoded ? nullptr : op.bias, columns, at, bias);
+  for (int64_t i0 = static_cast<int64_t>(at.block) * at.rows + at.row; i0 < columns.per_replica; i0 += step * kRows) {
+    uint4 dh[kRows], u[kRows], gate[kRows] = {};
+    uint2 code[kRows];
     const auto offset = [&](int r) { return (at.first_row + i0 + r * step) * columns.N + at.column; };
     const auto valid = [&](int r) { return i0 + r * step < columns.per_replica ? at.valid : 0; };
 #pragma unroll
-    for (int r = 0; r < kBackwardRows; ++r) {
+    for (int r = 0; r < kRows; ++r) {
       dh[r] = load<kVector>(static_cast<const T*>(op.dh) + offset(r), valid(r));
-      u[r] = load<kVector>(static_cast<const T*>(op.u) + offset(r), valid(r));
+      if constexpr (kCoded)
+        code[r] = load_bytes<kVector, V>(op.code + offset(r), valid(r));
+      else
+        u[r] = load<kVector>(static_cast<const T*>(op.u) + offset(r), valid(r));
       if (want_gate) gate[r] = load<kVector>(static_cast<const T*>(op.gate) + offset(r), valid(r));
     }
-    with_activation<T>(op.act, [&](auto activate) {
+    // activate(v), of v = u + bias or of the code
+    const auto finish_rows = [&](auto activate) {
 #pragma unroll
-      for (int r = 0; r < kBackwardRows; ++r) {
+      for (int r = 0; r < kRows; ++r) {
         float v[V], wide_dh[V];
-        make_v<T>(u[r], bias, v);
+        if constexpr (kCoded)
+          unpack_bytes(code[r], v);
+        else
+          make_v<T>(u[r], bias, v);
         unpack<T>(dh[r], wide_dh);
-        if (op.dgate != nullptr) {
+        if (!kCoded && op.dgate != nullptr) {
           float d[V];
 #pragma unroll
           for (int j = 0; j < V; ++j) d[j] = wide_dh[j] * activate(v[j]).value;
@@ -181,9 +209,20 @@ __global__ void __launch_bounds__(kColumnBlock, 2)
           for (int j = 0; j < V; ++j) sum[j] += wide_dh[j];
         }
       }
-    });
+    };
+    if constexpr (kCoded)
+      finish_rows([&](float code) { return Activated{0.0f, line.lo + line.scale * code}; });
+    else
+      with_activation<T>(op.act, finish_rows);
   }
   if constexpr (kBias) finish_slab<T>(sums, 0, columns, at, sum);
+}
+
+template <typename T, bool kCoded>
+auto backward_kernel(bool vector, bool dbias) {
+  if (dbias)
+    return vector ? bias_act_backward_kernel<T, true, true, kCoded> : bias_act_backward_kernel<T, false, true, kCoded>;
+  return vector ? bias_act_backward_kernel<T, true, false, kCoded> : bias_act_backward_kernel<T, false, false, kCoded>;
 }
 
 struct Plan {
@@ -197,7 +236,8 @@ Plan plan_backward(const BiasActBackward& op) {
   const int N = checked_width(op.N, "bias_act_backward");
   if (op.T == 0 || N == 0) return plan;
   const int chunk = static_cast<int>(16 / dtype_size(op.dtype)), per_sm = op.dbias != nullptr ? 4 : 16;
-  plan.columns = make_columns(op.T, op.G, N, chunk, kBackwardRows, multiprocessors() * int64_t{per_sm}, op.param_dtype);
+  const int rows = op.code != nullptr ? kBackwardRows<true, true> : kBackwardRows<true, false>;
+  plan.columns = make_columns(op.T, op.G, N, chunk, rows, multiprocessors() * int64_t{per_sm}, op.param_dtype);
   void* const out[kMaxSums] = {op.dbias, nullptr, nullptr};
   if (op.dbias != nullptr)
     plan.workspace = ColumnSums::plan(plan.sums, op.workspace, op.G, op.G * plan.columns.slabs, plan.columns.blocks, N,
@@ -213,11 +253,16 @@ void bias_act(const BiasAct& op, Stream stream_handle) {
   const auto stream = static_cast<cudaStream_t>(stream_handle);
   with_dtype(op.dtype, [&](auto type) {
     using T = decltype(type);
+    const bool vector = N % kChunk<T> == 0 && aligned16(op.u, op.bias, op.gate, op.h, op.code);
+    const int rows = op.code != nullptr ? kForwardRows<true, true> : kForwardRows<true, false>;
     const Columns columns =
-        make_columns(op.T, op.G, N, kChunk<T>, kRows, multiprocessors() * int64_t{16}, op.param_dtype);
-    const bool vector = N % kChunk<T> == 0 && aligned16(op.u, op.bias, op.gate, op.h);
-    const auto kernel = vector ? bias_act_kernel<T, true> : bias_act_kernel<T, false>;
-    PETUNE_LAUNCH(kernel, grid_of(columns, op.G, "bias_act"), kColumnBlock, 0, stream, op, columns);
+        make_columns(op.T, op.G, N, kChunk<T>, rows, multiprocessors() * int64_t{16}, op.param_dtype);
+    const auto kernel = op.code != nullptr
+                            ? (vector ? bias_act_kernel<T, true, true> : bias_act_kernel<T, false, true>)
+                            : (vector ? bias_act_kernel<T, true, false> : bias_act_kernel<T, false, false>);
+    const SlopeCode code = slope_code(op.act);
+    const SlopeLine line{static_cast<float>(code.lo), static_cast<float>(1.0 / code.step)};
+    PETUNE_LAUNCH(kernel, grid_of(columns, op.G, "bias_act"), kColumnBlock, 0, stream, op, line, columns);
   });
   check_launch("bias_act");
 }
@@ -240,13 +285,13 @@ void bias_act_backward(const BiasActBackward& op, Stream stream_handle) {
   require_workspace(op.workspace, plan.workspace, "bias_act_backward");
   with_dtype(op.dtype, [&](auto type) {
     using T = decltype(type);
-    const bool vector = op.N % kChunk<T> == 0 && aligned16(op.dh, op.u, op.bias, op.gate, op.du, op.dgate);
-    const auto kernel =
-        op.dbias != nullptr
-            ? (vector ? bias_act_backward_kernel<T, true, true> : bias_act_backward_kernel<T, false, true>)
-            : (vector ? bias_act_backward_kernel<T, true, false> : bias_act_backward_kernel<T, false, false>);
-    PETUNE_LAUNCH(kernel, grid_of(plan.columns, op.G, "bias_act_backward"), kColumnBlock, 0, stream, op, plan.columns,
-                  plan.sums);
+    const bool vector = op.N % kChunk<T> == 0 && aligned16(op.dh, op.u, op.bias, op.gate, op.code, op.du, op.dgate);
+    const auto kernel = op.code != nullptr ? backward_kernel<T, true>(vector, op.dbias != nullptr)
+                                           : backward_kernel<T, false>(vector, op.dbias != nullptr);
+    const SlopeCode code = slope_code(op.act);
+    const SlopeLine line{static_cast<float>(code.lo), static_cast<float>(code.step)};
+    PETUNE_LAUNCH(kernel, grid_of(plan.columns, op.G, "bias_act_backward"), kColumnBlock, 0, stream, op, line,
+                  plan.columns, plan.sums);
   });
   check_launch("bias_act_backward");
 }

@@ -110,6 +110,45 @@ __device__ __forceinline__ void store(T* p, int n, const float (&v)[kChunk<T>]) 
   }
 }
 
+// The bytes beside a chunk, one for each of its V elements: 8 (one 8-byte access) or 4. As load and store above.
+template <bool kVector, int V>
+__device__ __forceinline__ uint2 load_bytes(const uint8_t* p, int n) {
+  static_assert(V == 4 || V == 8);
+  uint32_t word[2] = {};
+  if constexpr (!kVector) {
+#pragma unroll
+    for (int i = 0; i < V; ++i) word[i / 4] |= (n > i ? static_cast<uint32_t>(p[i]) : 0) << 8 * (i % 4);
+  } else if (n > 0) {
+    if constexpr (V == 8) return *reinterpret_cast<const uint2*>(p);
+    word[0] = *reinterpret_cast<const uint32_t*>(p);
+  }
+  return make_uint2(word[0], word[1]);
+}
+
+template <int V>
+__device__ __forceinline__ void unpack_bytes(uint2 raw, float (&v)[V]) {
+#pragma unroll
+  for (int i = 0; i < V; ++i) v[i] = static_cast<float>((i < 4 ? raw.x : raw.y) >> 8 * (i % 4) & 0xffu);
+}
+
+// Rounds to nearest, ties to even. Below 0 and for NaN it stores 0; v is below 255.5.
+template <bool kVector, int V>
+__device__ __forceinline__ void store_bytes(uint8_t* p, int n, const float (&v)[V]) {
+  uint32_t word[2] = {};
+#pragma unroll
+  for (int i = 0; i < V; ++i) word[i / 4] |= __float2uint_rn(v[i]) << 8 * (i % 4);
+  if constexpr (!kVector) {
+#pragma unroll
+    for (int i = 0; i < V; ++i)
+      if (i < n) p[i] = static_cast<uint8_t>(word[i / 4] >> 8 * (i % 4));
+  } else if (n > 0) {
+    if constexpr (V == 8)
+      *reinterpret_cast<uint2*>(p) = make_uint2(word[0], word[1]);
+    else
+      *reinterpret_cast<uint32_t*>(p) = word[0];
+  }
+}
+
 // A chunk of a small parameter, which is in T or in fp32: a uniform branch, so that the two need no kernel each.
 template <bool kVector, typename T>
 __device__ __forceinline__ void load_param(const void* param, bool is_f32, int64_t at, int n, float (&v)[kChunk<T>]) {

@@ -34,11 +34,15 @@ struct alignas(8) float2 {
 struct alignas(16) float4 {
   float x, y, z, w;
 };
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 
 extern uint3 threadIdx, blockIdx;
@@ -146,6 +150,9 @@ inline float rsqrtf(float v) { return 1.0f / std::sqrt(v); }
 inline float __expf(float v) { return std::exp(v); }
 inline float __fdividef(float a, float b) { return a / b; }
 inline float __frcp_rn(float v) { return 1.0f / v; }
+inline unsigned __float2uint_rn(float v) {  // saturates; NaN gives 0
+  return v >= 4294967296.0f ? ~0u : v > 0.0f ? static_cast<unsigned>(std::nearbyint(v)) : 0u;
+}
 inline float __uint_as_float(unsigned v) {
   float f;
   std::memcpy(&f, &v, 4);

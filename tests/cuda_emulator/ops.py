@@ -27,9 +27,9 @@ STRUCTS = {
     "ResidualNormBackward": "T:i64 H:i64 G:i64 seeds:i64 dtype:int param_dtype:int dy:ptr dz:ptr row:ptr rstd:ptr "
     "gamma:ptr beta:ptr seed:ptr p:f64 rms:bool row_kind:int dresidual:ptr dx:ptr dbias:ptr dgamma:ptr dbeta:ptr "
     "workspace:ptr",
-    "BiasAct": "T:i64 N:i64 G:i64 dtype:int param_dtype:int u:ptr bias:ptr gate:ptr act:int h:ptr",
-    "BiasActBackward": "T:i64 N:i64 G:i64 dtype:int param_dtype:int dh:ptr u:ptr bias:ptr gate:ptr act:int du:ptr "
-    "dbias:ptr dgate:ptr workspace:ptr",
+    "BiasAct": "T:i64 N:i64 G:i64 dtype:int param_dtype:int u:ptr bias:ptr gate:ptr act:int h:ptr code:ptr",
+    "BiasActBackward": "T:i64 N:i64 G:i64 dtype:int param_dtype:int dh:ptr u:ptr bias:ptr gate:ptr "
+    "code:ptr act:int du:ptr dbias:ptr dgate:ptr workspace:ptr",
     "ColumnSum": "T:i64 N:i64 G:i64 dtype:int x:ptr out:ptr workspace:ptr",
     "Dropout": "n:i64 seeds:i64 dtype:int x:ptr seed:ptr p:f64 y:ptr",
 }
@@ -124,6 +124,22 @@ class Emulator:
             dh=dh, u=u, bias=bias, gate=gate, act=act, du=du, dbias=dbias, dgate=dgate,
         )  # fmt: skip
         return du, dbias, dgate
+
+    def bias_act_coded(self, u, bias, act):
+        h, code = _new(u), torch.full(u.shape, 255, dtype=torch.uint8)
+        self._call(
+            "bias_act", "BiasAct", **self._common(u, bias), N=u.shape[1], G=_groups(bias), u=u, bias=bias, act=act,
+            h=h, code=code,
+        )  # fmt: skip
+        return h, code
+
+    def bias_act_coded_backward(self, dh, code, bias, act, want_du, want_dbias):
+        du, dbias = _new(dh, want_du), _new(bias) if want_dbias else None
+        self._call(
+            "bias_act_backward", "BiasActBackward", self.runs, **self._common(dh, bias), N=dh.shape[1], G=_groups(bias),
+            dh=dh, bias=bias, code=code, act=act, du=du, dbias=dbias,
+        )  # fmt: skip
+        return du, dbias
 
     def column_sum(self, x, groups):
         out = _new(x, shape=[groups, x.shape[1]], dtype=torch.float32)

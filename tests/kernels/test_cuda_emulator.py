@@ -13,7 +13,6 @@ import ctypes
 import itertools
 import math
 import mmap
-import os
 from pathlib import Path
 
 import pytest
@@ -21,11 +20,10 @@ import torch
 
 from petune_kernels import reference
 from tests.cuda_emulator import build
-from tests.cuda_emulator.ops import DTYPES, Emulator
+from tests.cuda_emulator.ops import DTYPES
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 UNIT = {F32: 2.0**-24, BF16: 2.0**-8, F16: 2.0**-11}
-SANITIZE = os.environ.get("PETUNE_SANITIZE", "0") not in ("", "0")
 LN, RMS = False, True
 
 # Widths: 1 and odd ones (element-wise path); each number of chunks a warp may hold and its edges, in 16-bit (chunk 8)
@@ -33,18 +31,6 @@ LN, RMS = False, True
 WIDTHS = (1, 7, 64, 100, 264, 512, 768, 769, 1024, 1280, 2048, 4096)
 
 pytestmark = pytest.mark.skipif(build.compiler() is None, reason="no C++ compiler (g++ or clang++) for the emulator")
-
-
-@pytest.fixture(scope="module")
-def library() -> Emulator:
-    return Emulator(build.build_ops(SANITIZE))
-
-
-@pytest.fixture
-def emulator(library: Emulator):
-    yield library
-    library.configure()
-    library.runs = 1
 
 
 def rand(*shape: int, dtype: torch.dtype = F32) -> torch.Tensor:
@@ -193,6 +179,9 @@ def test_no_rows(emulator, H):
         assert emulator.bias_act(u, bias, None, 0).shape == (0, H)
         du, dbias, dgate = emulator.bias_act_backward(u, u, bias, u, 0, True, True, True)
         assert du.shape == dgate.shape == (0, H) and torch.equal(dbias, torch.zeros_like(bias))
+        h, code = emulator.bias_act_coded(u, bias, 0)
+        du, dbias = emulator.bias_act_coded_backward(u, code, bias, 0, True, True)
+        assert h.shape == code.shape == du.shape == (0, H) and torch.equal(dbias, torch.zeros_like(bias))
         assert torch.equal(emulator.column_sum(u, G), torch.zeros(G, H))
     assert emulator.dropout(rand(0, H), seeds(1), 0.5).shape == (0, H)
 
@@ -219,10 +208,27 @@ def test_unaligned_tensors(emulator):
         ours = emulator.bias_act_backward(dy, x, bias, None, 0, True, True, False)
         exact = reference.bias_act_backward(*double(dy, x, bias, None), 0, True, True, False)
         close("dbias", ours[1], exact[1], BF16, T)
+        check_coded(emulator, x, bias, dy, 0)
         close("sum", emulator.column_sum(args[0], G), reference.column_sum(args[0].double(), G), F32, T)
 
 
 ACTIVATIONS = (0, 1, 2, 3)
+
+
+def check_coded(emulator, u, bias, dh, act):
+    """h bit for bit, the code but at a tie (act'(0) is one), every subset of the gradients that follow from it."""
+    h, code = emulator.bias_act_coded(u, bias, act)
+    assert torch.equal(h, emulator.bias_act(u, bias, None, act))
+    lo, step = reference.SLOPE_CODES[act]
+    slope = reference.bias_act_backward(torch.ones_like(u).double(), *double(u, bias), None, act, True, False, False)[0]
+    assert ((slope - lo - step * code.double()).abs() <= (0.501 * step if act != 2 else 0)).all()
+    for want in itertools.product((False, True), (False, True) if bias is not None else (False,)):
+        ours = emulator.bias_act_coded_backward(dh, code, bias, act, *want)
+        exact = reference.bias_act_coded_backward(*double(dh, code, bias), act, *want)
+        for name, o, e, wanted in zip(("du", "dbias"), ours, exact, want, strict=True):
+            assert (o is not None) == wanted
+            kept = bias.dtype if name == "dbias" and wanted else dh.dtype
+            close(f"{name} of code {act}", o, e, kept, 4 * len(u))
 
 
 @pytest.mark.parametrize("N", (1, 7, 8, 100, 256, 264, 769, 3072))
@@ -240,6 +246,7 @@ def test_bias_act(emulator, N):
             for name, o, e in zip(("du", "dbias", "dgate"), ours, exact, strict=True):
                 kept = bias.dtype if name == "dbias" and bias is not None else dtype
                 close(f"{name} of act {act}", o, e, kept, 4 * 9)
+            check_coded(emulator, u, bias, dh, act)
 
 
 @pytest.mark.parametrize("N", (40, 37))
@@ -261,6 +268,8 @@ def test_activations_at_extremes(emulator):
     for act in ACTIVATIONS:
         h, exact = emulator.bias_act(u, None, None, act), reference.bias_act(u.double(), None, None, act).float()
         torch.testing.assert_close(h, exact, equal_nan=True)
+        code, exact = emulator.bias_act_coded(u, None, act)[1], reference.bias_act_coded(u.double(), None, act)[1]
+        assert (code.int() - exact.int()).abs().max() <= 1 and code[0, -1] == 0  # act'(0) is a tie
     # the slope's factors overflow and underflow, the slope does not
     for dtype, act in itertools.product((BF16, F16), ACTIVATIONS):
         dh, v = torch.ones(1, 6, dtype=dtype), u[:, :6].to(dtype)
@@ -301,7 +310,9 @@ def all_ops(emulator, H: int) -> list[torch.Tensor]:
     y, z, xhat, rstd = emulator.residual_norm(x, bias, residual, gamma, beta, seed, 0.1, 1e-5, LN, True, True)
     back = emulator.residual_norm_backward(dy, x, z, rstd, bias, gamma, beta, seed, 0.1, LN, 1, *[True] * 5)
     act = emulator.bias_act_backward(dy, x, bias, residual, 0, True, True, True)
-    return [y, z, xhat, rstd, *back, *act, emulator.bias_act(x, bias, residual, 1), emulator.column_sum(x, G),
+    coded = emulator.bias_act_coded(x, bias, 0)
+    coded += emulator.bias_act_coded_backward(dy, coded[1], bias, 0, True, True)
+    return [y, z, xhat, rstd, *back, *act, *coded, emulator.bias_act(x, bias, residual, 1), emulator.column_sum(x, G),
             emulator.dropout(x, seed, 0.5)]  # fmt: skip
 
 
@@ -360,12 +371,15 @@ def test_offsets_beyond_32_bits(emulator):
         emulator._call("dropout", "Dropout", n=n, seeds=1, dtype=DTYPES[rows], x=x, seed=seed, p=0.5, y=y)
     own = 256 * 8  # what the last block writes: one chunk per thread at the very end
     assert torch.equal(y[-1, -own:].double(), torch.where(keep, 2 * x[-1].double(), 0.0)[-own:])
-    blocks = -(-T // 32)  # of 8 rows at a time, 4 times; the last block's third row is the last that is there
-    row, own = (blocks - 1) * 8 + 2 * blocks * 8, 32 * 8
-    assert row * H > 2**31
-    x[row], y[row] = rand(H, dtype=BF16), math.nan
-    emulator._call("bias_act", "BiasAct", T=T, N=H, G=1, dtype=1, param_dtype=1, u=x, bias=bias, act=2, h=y)
-    close("h", y[row, -own:], (x[row].double() + bias.double()).relu()[-own:], BF16)
+    for rows, code in ((4, None), (3, sparse().view(torch.uint8).view(-1, H)[:T])):
+        blocks = -(-T // (8 * rows))  # 8 rows at a time; the last block's third time is the last that is there
+        row, own = (blocks - 1) * 8 + 2 * blocks * 8, 32 * 8
+        assert T > row and row * H > 2**31
+        x[row], y[row] = rand(H, dtype=BF16), math.nan
+        emulator._call("bias_act", "BiasAct", T=T, N=H, G=1, dtype=1, param_dtype=1, u=x, bias=bias, act=2, h=y,
+                       code=code)  # fmt: skip
+        close("h", y[row, -own:], (x[row].double() + bias.double()).relu()[-own:], BF16)
+    assert torch.equal(code[row, -own:] == 1, y[row, -own:] > 0)
 
 
 def test_bad_calls_are_errors(emulator):
@@ -378,9 +392,6 @@ def test_bad_calls_are_errors(emulator):
         raise RuntimeError(call(ctypes.byref(struct)).decode())
     with pytest.raises(RuntimeError, match="unknown dtype 7"):
         emulator._call("dropout", "Dropout", n=16, seeds=1, dtype=7, x=x, seed=seeds(1), p=0.5, y=x)
-
-
-# ------------------------------------------------------------------------- the emulator finds what it is there to find
 
 
 def test_everything_is_built() -> None:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 import petune_kernels as pk
 from petune_kernels import reference
+from petune_kernels.backends import pick
 from petune_kernels.ops.bias_act import bias_act
 from petune_kernels.ops.column_sum import column_sum
 from petune_kernels.ops.dropout import dropout
@@ -57,6 +58,19 @@ def gated(t: Tensors) -> tuple[Tensor, ...]:
     return (bias_act(t["x"], act="silu", gate=t["residual"]),)
 
 
+def coded(t: Tensors) -> tuple[Tensor, ...]:
+    """h, bit for bit bias_act's, and the gradients that follow from one code: a tie may round either way in another."""
+    x, bias = t["x"], t["bias"]
+    h, code = pick("bias_act_coded", x)(x, bias, 0)
+    assert torch.equal(h, pick("bias_act", x)(x, bias, None, 0))
+    lo, step = reference.SLOPE_CODES[0]
+    wide = (x.cpu().double(), bias.cpu().double())
+    slope = reference.bias_act_backward(torch.ones_like(wide[0]), *wide, None, 0, True, False, False)[0]
+    assert ((slope - lo - step * code.cpu().double()).abs() <= 0.501 * step).all()
+    exact = reference.bias_act_coded(*wide, 0)[1].to(x.device)
+    return (h, *pick("bias_act_coded_backward", x)(t["residual"], exact, bias, 0, True, True))
+
+
 def total(t: Tensors) -> tuple[Tensor, ...]:
     return (column_sum(t["x"]),)
 
@@ -76,6 +90,7 @@ CASES: dict[str, tuple[Callable[[Tensors], tuple[Tensor, ...]], tuple[str, ...],
     "residual_norm": (norm, ("x", "residual", "bias", "gamma", "beta"), ("cuda", "triton")),
     "rms_norm": (rms_norm, ("x", "residual", "gamma"), ("cuda", "triton")),
     "bias_gelu": (gelu, ("x", "bias"), ("cuda",)),
+    "bias_act_coded": (coded, (), ("cuda",)),
     "gated_silu": (gated, ("x", "residual"), ("cuda",)),
     "column_sum": (total, (), ("cuda", "triton")),
     "dropout": (drop, ("x",), ("cuda", "triton")),
