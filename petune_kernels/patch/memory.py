@@ -78,6 +78,8 @@ def _part(module: nn.Module, parts: Any, own: Callable[..., Any], *args: Any, **
 
 
 def _layer(module: nn.Module, parts: Any, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    if module.training and getattr(module, "gradient_checkpointing", False):  # transformers' own, which is on
+        return own(*args, **kwargs)
     return saving.framed(own, args, _without_cache(module, kwargs), whole=True)
 
 

@@ -26,7 +26,7 @@ FAMILY = (
 )  # fmt: skip
 CASES = [
     (f, r) for f in FAMILY for r in REGIMES
-    if r not in FAMILIES[f].unfit and (f in ("bert", "llama") or r != "full")
+    if r not in FAMILIES[f].unfit and not (f == "gpt2" and "lora" in r) and (f in ("bert", "llama") or r != "full")
 ]  # fmt: skip
 SEED = 5
 
@@ -39,7 +39,7 @@ def prepare(model: nn.Module, regime: str, **lora: Any) -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
     linears = [n for n, m in model.named_modules() if type(m) is nn.Linear and "classif" not in n and "score" not in n]
-    wanted = linears if regime == "lora-all" else [n for n in linears if n.split(".")[-1][0] in "qv"]
+    wanted = linears if regime == "lora-all" else [n for n in linears if n.split(".")[-1][0] in "qvW"]
     dtype = next(model.parameters()).dtype
     torch.manual_seed(3)
     given: dict[str, Any] = dict(task_type="SEQ_CLS", r=4, lora_dropout=0.1, init_lora_weights=False) | lora
@@ -62,6 +62,10 @@ def test_every_level_gives_the_same_gradients(family: str, regime: str) -> None:
     exact = at(model, "exact", data)
     drawn = torch.get_rng_state()
     for level in LEVELS[1:]:
+        if level == "coded" and family in ("gpt2", "bart"):  # no feed-forward block that a pattern knows
+            with pytest.raises(PatchError, match="has no activation"):
+                pk.patch(model, memory=level)
+            continue
         one = at(model, level, data)
         assert torch.equal(drawn, torch.get_rng_state())
         torch.testing.assert_close(one.loss, exact.loss, rtol=1e-13, atol=0)
@@ -274,7 +278,7 @@ def test_torchs_own_attention_runs_again(level: str, monkeypatch: pytest.MonkeyP
     exact = at(model, "exact", data)
     one = at(model, level, data)
     assert pooled(one, exact) < 1e-13
-    exact_bytes, bytes_ = (kept(model, data, [], name) for name in ("exact", level))
+    exact_bytes, bytes_ = (kept(model, data, list(model.parameters()), name) for name in ("exact", level))
     assert bytes_ < 0.7 * exact_bytes
 
 
