@@ -79,8 +79,7 @@ def _project(x: Tensor, a: Tensor, scale: float = 1.0) -> Tensor:
 
 def lora_linear(x, w, bias, a, b, bias_b, seed, p, scale, merged):
     with torch.autocast(x.device.type, enabled=False):
-        pairs = [_forward(x, *one, merged) for one in zip(w, bias, a, b, bias_b, seed, p, scale, strict=True)]
-    return [y for y, _ in pairs], [xa for _, xa in pairs]
+        return [_forward(x, *one, merged) for one in zip(w, bias, a, b, bias_b, seed, p, scale, strict=True)]
 
 
 def _forward(x, w, bias, a, b, bias_b, seed, p, scale, merged):
@@ -93,7 +92,7 @@ def _forward(x, w, bias, a, b, bias_b, seed, p, scale, merged):
     y = F.linear(x, w, bias if fits else None)
     G = next((t.shape[0] for t, d in ((a, 3), (bias, 2), (bias_b, 2)) if t is not None and t.dim() == d), 1)
     x, y_rows = _by_replica(x, G), _by_replica(y, G)
-    terms, xa = [], x.new_empty([0])
+    terms = []
     if bias is not None and not fits:
         terms.append((_ones(x, bias.dtype), _column(bias, G)))
     if a is not None and not merged:
@@ -108,11 +107,10 @@ def _forward(x, w, bias, a, b, bias_b, seed, p, scale, merged):
             terms.append((xa * scale, b))
         else:  # the usual case: nothing to gather, and the scale rides along
             _accumulate(y_rows, xa, b.mT, scale)
-        xa = xa.reshape(-1, xa.shape[-1])
     if bias_b is not None:
         terms.append((_ones(x, bias_b.dtype) * scale, _column(bias_b, G)))
     _fold(y_rows, terms)
-    return y, xa
+    return y
 
 
 def _ones(rows: Tensor, dtype: torch.dtype) -> Tensor:
@@ -126,15 +124,13 @@ def _column(bias: Tensor, G: int) -> Tensor:
     return bias[0] if G == 1 else bias.expand(G, -1, -1)
 
 
-def lora_linear_backward(
-    dy, x, w, a, b, xa, seed, p, scale, groups, want_dx, want_da, want_db, want_dsum
-):  # fmt: skip
+def lora_linear_backward(dy, x, w, a, b, seed, p, scale, groups, want_dx, want_da, want_db, want_dsum):
     like = next(d for d in dy if d is not None)
     with torch.autocast(like.device.type, enabled=False):
-        return _backward(like, dy, x, w, a, b, xa, seed, p, scale, groups, want_dx, want_da, want_db, want_dsum)
+        return _backward(like, dy, x, w, a, b, seed, p, scale, groups, want_dx, want_da, want_db, want_dsum)
 
 
-def _backward(like, dy, x, w, a, b, xa, seed, p, scale, groups, want_dx, want_da, want_db, want_dsum):
+def _backward(like, dy, x, w, a, b, seed, p, scale, groups, want_dx, want_da, want_db, want_dsum):
     K, n = w[0].shape[1], len(w)
     dx, terms = None, []
     G = max((m.shape[0] for m in a if m is not None and m.dim() == 3), default=1)
@@ -157,11 +153,9 @@ def _backward(like, dy, x, w, a, b, xa, seed, p, scale, groups, want_dx, want_da
             continue
         wide = a[i].dtype != dy_i.dtype
         mask = None
-        if seed[i] is not None and (want_dx or want_da[i]):
+        if seed[i] is not None:
             mask = _by_replica(_mask(like, K, seed[i], p[i], wide), G)
-        dxa, da_i, db_i = _adapter_gradients(
-            dy_i, x, a[i], b[i], xa[i], mask, p[i], want_dx, want_da[i], want_db[i], scale[i]
-        )
+        dxa, da_i, db_i = _adapter_gradients(dy_i, x, a[i], b[i], mask, p[i], want_dx, want_da[i], want_db[i], scale[i])
         da[i], db[i] = da_i if want_da[i] else da[i], db_i if want_db[i] else db[i]
         if want_dx and mask is None:
             terms.append((dxa, _small(a[i]).mT))
@@ -193,26 +187,27 @@ def _add_masked(dx: Tensor, dxa: Tensor, a: Tensor, mask: Tensor, p: float) -> N
         dx.narrow(-2, start, n).add_(product.mul_(mask.narrow(-2, start, n).float()))
 
 
-def _adapter_gradients(dy, x, a, b, xa, mask, p, want_dx, want_da, want_db, scale):
+def _adapter_gradients(dy, x, a, b, mask, p, want_dx, want_da, want_db, scale):
     """scale * dy B [T, r], dA and dB, from one pass over dy and one over dropout(x)."""
     G = a.shape[0] if a.dim() == 3 else 1
     shape_a, shape_b, a, b = a.shape, b.shape, _small(a), _small(b)
-    dy, x = _by_replica(dy, G), x if x is None else _by_replica(x, G)
-    if want_db:  # xa is empty where the forward ran merged, which it does without dropout only
-        xa = _by_replica(xa, G) if xa.numel() else _project(x, a)
-    dxa = da = db = None
-    if a.dtype == dy.dtype:
+    dy, wide, dxa, da, db = _by_replica(dy, G), a.dtype != dy.dtype, None, None, None
+    # what the mask lacks of 1/(1-p); where it is of zeros and ones, all of it
+    keep = 1.0 if mask is None else 1.0 / (1.0 - p) if wide else _unrounded(p, dy.dtype)
+    if want_da or want_db:
+        x = _by_replica(x, G)
+        x = x if mask is None else x * mask
+    xa = _project(x, a, keep) if want_db else None
+    if not wide:
         if want_dx or want_da:
             dxa = _product(dy, b, scale)
         if want_da:
-            da = dxa.mT @ x if mask is None else _product(dxa.mT, x * mask, _unrounded(p, x.dtype))
+            da = _product(dxa.mT, x, keep)
         if want_db:  # [r, N] first: a matmul with r rows is several times faster than one with r columns
             db = _product(xa.mT, dy, scale)
     else:
-        keep = 1.0 if mask is None else 1.0 / (1.0 - p)
         dxa = torch.empty([*dy.shape[:-1], a.shape[-2]], dtype=a.dtype, device=dy.device)
         da = torch.zeros_like(a) if want_da else None
-        x = x * mask if want_da and mask is not None else x
         db = a.new_zeros([*b.shape[:-2], b.shape[-1], b.shape[-2]]) if want_db else None
         for start, n in _blocks(G, dy.shape[-2], max(a.shape[-1], b.shape[-2])):
             rows, part = dy.narrow(-2, start, n).float(), dxa.narrow(-2, start, n)

@@ -224,24 +224,20 @@ def _by_replica(x: torch.Tensor, groups: int) -> torch.Tensor:
 
 
 def lora_linear(x, w, bias, a, b, bias_b, seed, p, scale, merged):
-    T, ys, xas = x.shape[0], [], []
+    T, ys = x.shape[0], []
     for i, w_i in enumerate(w):
-        N, xa = w_i.shape[0], _nothing(x)
+        N = w_i.shape[0]
         y = _wide(x) @ _wide(w_i).T + _rows(bias[i], T)
         if a[i] is not None:
             G = 1 if a[i].dim() == 2 else a[i].shape[0]
-            wide_xa = _by_replica(_drop(_wide(x), seed[i], p[i]), G) @ _by_replica(a[i], G).mT
-            update = (wide_xa @ _by_replica(b[i], G).mT).reshape(T, N) + _rows(bias_b[i], T)
+            xa = _by_replica(_drop(_wide(x), seed[i], p[i]), G) @ _by_replica(a[i], G).mT
+            update = (xa @ _by_replica(b[i], G).mT).reshape(T, N) + _rows(bias_b[i], T)
             y = y + scale[i] * update
-            xa = _nothing(x) if merged else wide_xa.reshape(T, a[i].shape[-2]).to(a[i].dtype)
         ys.append(y.to(x.dtype))
-        xas.append(xa)
-    return ys, xas
+    return ys
 
 
-def lora_linear_backward(
-    dy, x, w, a, b, xa, seed, p, scale, groups, want_dx, want_da, want_db, want_dsum
-):  # fmt: skip
+def lora_linear_backward(dy, x, w, a, b, seed, p, scale, groups, want_dx, want_da, want_db, want_dsum):
     like = next(d for d in dy if d is not None)
     T, K, n = like.shape[0], w[0].shape[1], len(w)
     dx = _wide(like).new_zeros([T, K])
@@ -264,15 +260,12 @@ def lora_linear_backward(
         dxa = wide_dy @ _by_replica(b[i], G)
         if want_dx:
             dx = dx + _drop((dxa @ _by_replica(a[i], G)).reshape(T, K), seed[i], p[i])
-        if want_da[i]:
+        if want_da[i] or want_db[i]:
             dropped = _by_replica(_drop(_wide(x), seed[i], p[i]), G)
+        if want_da[i]:
             da[i] = (dxa.mT @ dropped).reshape(a[i].shape).to(a[i].dtype)
         if want_db[i]:
-            if xa[i].numel():
-                wide_xa = _by_replica(xa[i], G)
-            else:  # merged forward
-                wide_xa = _by_replica(_drop(_wide(x), seed[i], p[i]), G) @ _by_replica(a[i], G).mT
-            db[i] = (wide_dy.mT @ wide_xa).reshape(b[i].shape).to(b[i].dtype)
+            db[i] = (wide_dy.mT @ (dropped @ _by_replica(a[i], G).mT)).reshape(b[i].shape).to(b[i].dtype)
     # an entry nobody asked for is its own empty tensor: an op's outputs must not alias
     da, db, dsum = ([t.clone() if t.numel() == 0 else t for t in ts] for ts in (da, db, dsum))
     return dx.to(like.dtype) if want_dx else _nothing(like), da, db, dsum

@@ -44,13 +44,13 @@ SCHEMAS = {
     "-> Tensor",
     "attention_backward": "(Tensor do, Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? seed, "
     " float p, float scale, bool causal) -> (Tensor dq, Tensor dk, Tensor dv)",
-    # One list entry per projection; a, b, bias_b, seed are None where it has no adapter. xa is empty when merged.
+    # One list entry per projection; a, b, bias_b, seed are None where it has no adapter.
     "lora_linear": "(Tensor x, Tensor[] w, Tensor?[] bias, Tensor?[] a, Tensor?[] b, Tensor?[] bias_b, Tensor?[] seed, "
-    "float[] p, float[] scale, bool merged) -> (Tensor[] y, Tensor[] xa)",
+    "float[] p, float[] scale, bool merged) -> Tensor[]",
     # dsum is the column sum of dy per replica, [groups, N]: both bias gradients follow from it.
-    "lora_linear_backward": "(Tensor?[] dy, Tensor? x, Tensor[] w, Tensor?[] a, Tensor?[] b, Tensor[] xa, "
-    "Tensor?[] seed, float[] p, float[] scale, int groups, bool want_dx, bool[] want_da, bool[] want_db, "
-    "bool[] want_dsum) -> (Tensor dx, Tensor[] da, Tensor[] db, Tensor[] dsum)",
+    "lora_linear_backward": "(Tensor?[] dy, Tensor? x, Tensor[] w, Tensor?[] a, Tensor?[] b, Tensor?[] seed, "
+    "float[] p, float[] scale, int groups, bool want_dx, bool[] want_da, bool[] want_db, bool[] want_dsum) "
+    "-> (Tensor dx, Tensor[] da, Tensor[] db, Tensor[] dsum)",
     # y is [T, sum of N]: the projections side by side.
     "packed_linear": "(Tensor x, Tensor[] w, Tensor?[] bias) -> Tensor",
     "packed_linear_backward": "(Tensor dy, Tensor[] w) -> Tensor",
@@ -125,16 +125,10 @@ def _attention_backward(do, q, k, v, mask, seed, p, scale, causal):
 
 
 def _lora_linear(x, w, bias, a, b, bias_b, seed, p, scale, merged):
-    y = [x.new_empty([x.shape[0], m.shape[0]]) for m in w]
-    xa = [
-        _nothing(x) if m is None or merged else x.new_empty([x.shape[0], m.shape[-2]], dtype=m.dtype) for m in a
-    ]  # fmt: skip
-    return y, xa
+    return [x.new_empty([x.shape[0], m.shape[0]]) for m in w]
 
 
-def _lora_linear_backward(
-    dy, x, w, a, b, xa, seed, p, scale, groups, want_dx, want_da, want_db, want_dsum
-):  # fmt: skip
+def _lora_linear_backward(dy, x, w, a, b, seed, p, scale, groups, want_dx, want_da, want_db, want_dsum):
     like = next(d for d in dy if d is not None)
     dx = like.new_empty([like.shape[0], w[0].shape[1]]) if want_dx else _nothing(like)
     da = [m.new_empty(m.shape) if want else _nothing(like) for m, want in zip(a, want_da, strict=True)]

@@ -4,20 +4,20 @@ Forward, per projection (Hu et al. 2022; PEFT's `lora.Linear`, whose `lora_bias`
 
     y = x W^T + bias + s * (dropout(x) A^T B^T + bias_b)
 
-Backward, with D the dropout mask (0 or 1/(1-p)) and xa = dropout(x) A^T:
+Backward, with D the dropout mask (0 or 1/(1-p)):
 
     dx = sum over projections of  dy W + D * (s dy B) A
-    dA = (s dy B)^T dropout(x)      dB = s dy^T xa      dbias = sum_rows dy      dbias_b = s sum_rows dy
+    dA = (s dy B)^T dropout(x)      dB = s dy^T (dropout(x) A^T)      dbias = sum_rows dy      dbias_b = s sum_rows dy
 
-Saved: x (shared with whatever made it), xa [T, r], the seed; nothing else but parameters, and of those two only what
-the gradients asked for need. Eager PEFT saves, for each projection, dropout(x), its mask, and in mixed precision x in
-float32. Masks are drawn for each projection apart, as PEFT's modules do.
+Saved: x (shared with whatever made it) where A, B or W trains, and the seed; no more but parameters. Backward makes
+dropout(x) A^T again from the dropout(x) that dA needs anyway. Eager PEFT saves, for each projection, dropout(x), its
+mask, dropout(x) A^T, and in mixed precision x in float32. Masks are drawn for each projection apart, as PEFT does.
 
-Numerics. W and x share a dtype; adapters share one that is x's or float32. In the latter case xa, dA and dB are what
+Numerics. W and x share a dtype; adapters share one that is x's or float32. In the latter case x A^T, dA and dB are what
 float32 arithmetic gives from the 16-bit x and dy, as in PEFT, without widening x (see matmul.py).
 
 Two paths forward. "adapter" multiplies by W and folds the rank-r product in: one more pass over y. "merged" multiplies
-by W + s B A: one more pass over W, no xa, but no dropout and no replicas. In 16 bits the sum W + s B A rounds a small
+by W + s B A: one more pass over W, but no dropout and no replicas. In 16 bits the sum W + s B A rounds a small
 update away, and a training run starts at update zero, so "auto" merges float32 weights only, from MERGE_ROWS rows on.
 """
 
@@ -51,15 +51,12 @@ class LoraLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, p: tuple, scale: tuple, groups: int, merged: bool, *tensors: Any) -> Any:
         n = len(p)
         w, bias, a, b, bias_b, seed = (list(tensors[i * n : (i + 1) * n]) for i in range(6))
-        y, xa = pick("lora_linear", x)(
+        y = pick("lora_linear", x)(
             x, [m.to(x.dtype) for m in w], bias, a, b, bias_b, seed, list(p), list(scale), merged
         )
         need = ctx.needs_input_grad[5:]
-        need_x = any(need[:n]) or any(need[2 * n : 3 * n]) or (merged and any(need[3 * n : 4 * n]))
-        ctx.save_for_backward(
-            x if need_x else None, *w, *bias, *a, *b, *bias_b, *seed,
-            *(t if wanted else None for t, wanted in zip(xa, need[3 * n : 4 * n], strict=True)),
-        )  # fmt: skip
+        need_x = any(need[:n]) or any(need[2 * n : 4 * n])  # W, A, B
+        ctx.save_for_backward(x if need_x else None, *w, *bias, *a, *b, *bias_b, *seed)
         ctx.p, ctx.scale, ctx.groups = p, scale, groups
         ctx.set_materialize_grads(False)
         return tuple(y)
@@ -69,7 +66,7 @@ class LoraLinear(torch.autograd.Function):
     def backward(ctx: Any, *dy: Tensor | None) -> Any:
         n = len(ctx.p)
         x, *saved = ctx.saved_tensors
-        w, bias, a, b, bias_b, seed, xa = (list(saved[i * n : (i + 1) * n]) for i in range(7))
+        w, bias, a, b, bias_b, seed = (list(saved[i * n : (i + 1) * n]) for i in range(6))
         like = next((d for d in dy if d is not None), None)
         if like is None:
             return (None,) * (5 + 6 * n)
@@ -78,8 +75,8 @@ class LoraLinear(torch.autograd.Function):
         want_dsum = [i or j for i, j in zip(want_bias, want_bias_b, strict=True)]
         rows = [None if d is None else d.contiguous() for d in dy]
         dx, da, db, dsum = pick("lora_linear_backward", like)(
-            rows, x, [m.to(like.dtype) for m in w], a, b, [like.new_empty([0]) if t is None else t for t in xa],
-            seed, list(ctx.p), list(ctx.scale), ctx.groups, ctx.needs_input_grad[0], want_a, want_b, want_dsum,
+            rows, x, [m.to(like.dtype) for m in w], a, b, seed, list(ctx.p), list(ctx.scale), ctx.groups,
+            ctx.needs_input_grad[0], want_a, want_b, want_dsum,
         )  # fmt: skip
         dw, dbias, dbias_b = ([None] * n for _ in range(3))  # type: tuple[list[Any], list[Any], list[Any]]
         for i in range(n):

@@ -1,17 +1,18 @@
 r"""lora_linear and its backward; the derivation is in ops/lora_linear.py.
 
-Three kernels, with "low" for the thin matrix between the two adapter factors (xa forward, s dy B backward):
+Three kernels, with "low" for the thin matrix between the two adapter factors (x A^T forward, s dy B backward):
 
     project   low[T, r] = D * in[T, C] @ inner                          one read of the wide side
     matmul    out[T, N] = sum_i in_i @ W_i + D_i * (low_i @ outer_i) + bias    out written once
     outer     d[R, C] = low^T @ (D * in), and the column sum of in      one read of the wide side
 
 The forward is project + matmul, one matmul a projection; the backward matmul (dx, over all projections at once) and
-outer, once for each dy (dB and the bias sums) and once for x (every dA). Without dropout and with everything in one
-dtype, matmul computes low itself as it walks over its input, and project is not run.
+outer, once for each dy (dB and the bias sums) and once for x (every dA), with a project of x before every dB: nothing
+of rank r is kept in between. With everything in one dtype, and forward without dropout, matmul computes low itself as
+it walks over its input.
 
-Bytes: forward T (2K + N) + N K, backward T (2 sum N + 2 K) + K sum N, times the element size, the second read of x or
-dy mostly from L2; flops 2 T K N each way, and 2 T r (K + N) a low-rank product.
+Bytes: forward T (2K + N) + N K, backward T (2 sum N + (2 + n) K) + K sum N, times the element size, later reads of x
+and dy mostly from L2; flops 2 T K N each way, and 2 T r (K + N) a low-rank product.
 
 Precision. float32 adapters beside 16-bit rows: a float32 tile is two (16-bit result) or three (float32 result) 16-bit
 tiles whose sum it is to 2^-17 or 2^-24, so that all of it runs on the 16-bit tensor cores with float32 accumulation.
@@ -100,8 +101,9 @@ def matmul_kernel(
     """out = sum_i source_i @ W_i + factor_i mask_i(low_i @ outer_i) + bias + bias_scale * bias_low.
 
     W_i[c, n], inner_i[c, r] and outer_i[r, n] are stored as [n, c], [r, c], [n, r] (TRANSPOSED: forward, with W, A, B)
-    or as [c, n], [c, r], [r, n] (backward, with W, B, A). FUSED: low_i = scale_i * source_i @ inner_i is made here and
-    stored by the first column of programs; else it is read. lows[i] is None where there is no adapter.
+    or as [c, n], [c, r], [r, n] (backward, with W, B, A); inner_i and outer_i are None where there is no adapter.
+    FUSED: low_i = scale_i * source_i @ inner_i is made here and, unless lows[i] is None, stored by the first column of
+    programs; else it is read.
     """
     tiles_n: tl.constexpr = (N + COLS - 1) // COLS
     dtype: tl.constexpr = out.dtype.element_ty
@@ -127,22 +129,23 @@ def matmul_kernel(
             at = col.to(tl.int64) * widths[i] + step if TRANSPOSED else step.to(tl.int64) * N + col
             weight = tl.load(weights[i] + at, mask=(step < widths[i]) & (col < N), other=0.0)
             total = tl.dot(tile, weight, total, input_precision=PRECISION)
-            if FUSED and lows[i] is not None:
+            if FUSED and inners[i] is not None:
                 inner_at = rank * widths[i] + step if TRANSPOSED else step * ranks[i] + rank
                 fits = (step < widths[i]) & (rank < ranks[i])
                 inner = tl.load(inners[i] + group * ranks[i] * widths[i] + inner_at, mask=fits, other=0.0)
                 low = tl.dot(tile, inner, low, input_precision=PRECISION)
-        if lows[i] is not None:
+        if outers[i] is not None:
             change = tl.zeros([ROWS, COLS], tl.float32)
             for start in tl.static_range(0, DEEPEST, RANK):
                 along = start + tl.arange(0, RANK)[None, :]
-                low_at = lows[i] + row * ranks[i] + along
+                low_at = row * ranks[i] + along
                 if FUSED:
                     low *= scales[i]
-                    if pid_n == 0:
-                        tl.store(low_at, low, mask=here & (along < ranks[i]))
+                    if lows[i] is not None:
+                        if pid_n == 0:
+                            tl.store(lows[i] + low_at, low, mask=here & (along < ranks[i]))
                 else:
-                    low = tl.load(low_at, mask=here & (along < ranks[i]), other=0.0).to(tl.float32)
+                    low = tl.load(lows[i] + low_at, mask=here & (along < ranks[i]), other=0.0).to(tl.float32)
                 down = start + tl.arange(0, RANK)[:, None]
                 outer_at = col * ranks[i] + down if TRANSPOSED else down * N + col
                 within_outer = (down < ranks[i]) & (col < N)
@@ -243,7 +246,7 @@ def _matmul(
 ) -> None:  # fmt: skip
     """Launches matmul_kernel: low_i is scaled by scales[i], its product with outer_i by factors[i]."""
     T, N = out.shape
-    ranks = tuple(0 if m is None else m.shape[1] for m in lows)
+    ranks = tuple(0 if m is None else m.shape[-1 if transposed else -2] for m in outers)
     config = configure(T, max(s.shape[1] for s in sources), N, out.element_size(), out.device)
     if sum(s is not None for s in seeds) > 1:  # ptxas keeps what the masks share alive across the products
         config = Config(min(config.rows, 64), min(config.cols, 64), config.depth, 4, config.stages)
@@ -267,32 +270,26 @@ def _fusable(source: Tensor, inner: Tensor, rank: int) -> bool:
 
 def lora_linear(x, w, bias, a, b, bias_b, seed, p, scale, merged):
     serve("lora_linear", x)
-    T, ys, xas = x.shape[0], [], []
+    T, ys = x.shape[0], []
     for i, m in enumerate(w):
-        y, xa, fused = x.new_empty([T, m.shape[0]]), None, False
-        if merged and a[i] is not None:
-            update = b[i].reshape(-1, b[i].shape[-1]) @ a[i].reshape(-1, a[i].shape[-1])
-            m = torch.add(m, update, alpha=scale[i]).to(m.dtype)
-        elif a[i] is not None:
-            R = a[i].shape[-2]
-            fused = seed[i] is None and _fusable(x, a[i], R)
-            xa = x.new_empty([T, R], dtype=a[i].dtype)
-            if T and not fused:
-                xa = _project(x, a[i], True, seed[i], p[i], 1.0)
+        y, xa, a_i, b_i = x.new_empty([T, m.shape[0]]), None, a[i], b[i]
+        if merged and a_i is not None:
+            update = b_i.reshape(-1, b_i.shape[-1]) @ a_i.reshape(-1, a_i.shape[-1])
+            m, a_i, b_i = torch.add(m, update, alpha=scale[i]).to(m.dtype), None, None
+        fused = a_i is not None and seed[i] is None and _fusable(x, a_i, a_i.shape[-2])
         if T:
+            if a_i is not None and not fused:
+                xa = _project(x, a_i, True, seed[i], p[i], 1.0)
             G = _groups(a[i], None if bias[i] is None else bias[i].unsqueeze(-1))
             _matmul(
-                [x], [m], [xa], [a[i]], [b[i]], [None], [0.0], [1.0], [scale[i]], y, G, transposed=True, fused=fused,
+                [x], [m], [xa], [a_i], [b_i], [None], [0.0], [1.0], [scale[i]], y, G, transposed=True, fused=fused,
                 bias=bias[i], bias_low=bias_b[i], bias_scale=scale[i],
             )  # fmt: skip
         ys.append(y)
-        xas.append(nothing(x) if xa is None else xa)
-    return ys, xas
+    return ys
 
 
-def lora_linear_backward(
-    dy, x, w, a, b, xa, seed, p, scale, groups, want_dx, want_da, want_db, want_dsum
-):  # fmt: skip
+def lora_linear_backward(dy, x, w, a, b, seed, p, scale, groups, want_dx, want_da, want_db, want_dsum):
     like = next(d for d in dy if d is not None)
     serve("lora_linear_backward", like)
     T, n = like.shape[0], len(w)
@@ -324,7 +321,7 @@ def lora_linear_backward(
         _outer(x, *picked, None, _groups(*a), transposed=False)
     for i in used:
         if want_db[i]:
-            low = xa[i] if xa[i].numel() else _project(x, a[i], True, None, 0.0, 1.0)
+            low = _project(x, a[i], True, seed[i], p[i], 1.0)
             sums = dsum[i] if want_dsum[i] else None
             _outer(dy[i], [low], [None], [0.0], [db[i]], [scale[i]], sums, groups, transposed=True)
         elif want_dsum[i]:
