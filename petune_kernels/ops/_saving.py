@@ -103,14 +103,14 @@ def _together(*values: Any) -> tuple[Any, ...]:
 def describe(t: Tensor, recipe: Recipe) -> None:
     """Says how t, just made, can be made again. Forgotten as soon as t is changed in place."""
     if not torch.compiler.is_compiling():
-        t.__dict__[_RECIPE] = (recipe, t._version)
+        _owner(t).__dict__[_RECIPE] = (recipe, t._version)
 
 
 def known(t: Tensor) -> Item:
     """The recipe of t, also where t is a view of what was described; t itself if it has none."""
     if torch.compiler.is_compiling():
         return t
-    owner = t if t._base is None else t._base
+    owner = _owner(t)
     recipe, version = owner.__dict__.get(_RECIPE, (None, 0))
     if recipe is None or version != owner._version:
         return t
@@ -123,6 +123,11 @@ def known(t: Tensor) -> Item:
 def can_be_made(t: Tensor) -> bool:
     """Whether keeping t for a gradient costs nothing."""
     return torch.is_grad_enabled() and isinstance(known(t), Recipe)
+
+
+def _owner(t: Tensor) -> Tensor:
+    """The tensor whose memory t views; what is made again has that memory's layout."""
+    return t if t._base is None else t._base
 
 
 class Place:

@@ -9,9 +9,10 @@ Backward, with D the dropout mask (0 or 1/(1-p)):
     dx = sum over projections of  dy W + D * (s dy B) A
     dA = (s dy B)^T dropout(x)      dB = s dy^T (dropout(x) A^T)      dbias = sum_rows dy      dbias_b = s sum_rows dy
 
-Saved: x (shared with whatever made it) where A, B or W trains, and the seed; no more but parameters. Backward makes
-dropout(x) A^T again from the dropout(x) that dA needs anyway. Eager PEFT saves, for each projection, dropout(x), its
-mask, dropout(x) A^T, and in mixed precision x in float32. Masks are drawn for each projection apart, as PEFT does.
+Saved: x where A, B or W trains (or what its producer keeps and x can be made again from: _saving.py), and the seed; no
+more but parameters. Backward makes dropout(x) A^T again from the dropout(x) that dA needs anyway. Eager PEFT saves, for
+each projection, dropout(x), its mask, dropout(x) A^T, and in mixed precision x in float32. Masks are drawn for each
+projection apart, as PEFT does.
 
 Numerics. W and x share a dtype; adapters share one that is x's or float32. In the latter case x A^T, dA and dB are what
 float32 arithmetic gives from the 16-bit x and dy, as in PEFT, without widening x (see matmul.py).
@@ -32,6 +33,7 @@ from torch import Tensor
 from .. import matmul  # noqa: F401  (registers the ops' matmul kernels)
 from ..backends import pick
 from . import _checks as check
+from . import _saving as saving
 from ._seeds import new_seed
 
 PATHS = ("auto", "adapter", "merged")
@@ -56,7 +58,7 @@ class LoraLinear(torch.autograd.Function):
         )
         need = ctx.needs_input_grad[5:]
         need_x = any(need[:n]) or any(need[2 * n : 4 * n])  # W, A, B
-        ctx.save_for_backward(x if need_x else None, *w, *bias, *a, *b, *bias_b, *seed)
+        saving.save(ctx, saving.known(x) if need_x else None, *w, *bias, *a, *b, *bias_b, *seed)
         ctx.p, ctx.scale, ctx.groups = p, scale, groups
         ctx.set_materialize_grads(False)
         return tuple(y)
@@ -65,7 +67,7 @@ class LoraLinear(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *dy: Tensor | None) -> Any:
         n = len(ctx.p)
-        x, *saved = ctx.saved_tensors
+        x, *saved = saving.load(ctx)
         w, bias, a, b, bias_b, seed = (list(saved[i * n : (i + 1) * n]) for i in range(6))
         like = next((d for d in dy if d is not None), None)
         if like is None:
