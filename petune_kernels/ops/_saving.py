@@ -106,6 +106,13 @@ def describe(t: Tensor, recipe: Recipe) -> None:
         _owner(t).__dict__[_RECIPE] = (recipe, t._version)
 
 
+def small(t: Tensor | None) -> Tensor | None:
+    """A vector of parameters as part of a recipe: a copy where processes share the work, since FSDP takes a parameter's
+    memory away before the module that made y is done with it, and y may be made again in another module's backward."""
+    shared = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return t.detach().clone() if t is not None and shared else t
+
+
 def known(t: Tensor) -> Item:
     """The recipe of t, also where t is a view of what was described; t itself if it has none."""
     if torch.compiler.is_compiling():

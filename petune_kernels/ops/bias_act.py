@@ -51,7 +51,7 @@ class BiasAct(torch.autograd.Function):
         saving.save(ctx, kept_u, bias, kept_gate)
         ctx.act = act
         h = pick("bias_act", u)(u, bias, gate, act)
-        saving.describe(h, saving.Recipe(partial(_again, act), kept_u, bias, kept_gate))
+        saving.describe(h, saving.Recipe(partial(_again, act), kept_u, saving.small(bias), kept_gate))
         return h
 
     @staticmethod

@@ -64,7 +64,8 @@ class ResidualNorm(torch.autograd.Function):
         if place:
             row, rstd = place.slots(2)
         saving.save(ctx, row, rstd, bias, gamma, beta, seed)
-        saving.describe(y, saving.Recipe(partial(_normed_again, eps, rms) if keep_z else _affine, row, gamma, beta))
+        again = partial(_normed_again, eps, rms) if keep_z else _affine
+        saving.describe(y, saving.Recipe(again, row, saving.small(gamma), saving.small(beta)))
         ctx.p, ctx.rms, ctx.want_z, ctx.row_kind = p, rms, want_z, ROW_Z if keep_z else ROW_XHAT
         ctx.set_materialize_grads(False)
         return y, z

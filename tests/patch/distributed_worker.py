@@ -5,6 +5,7 @@ Gradients of two processes with half a batch each against one process with all o
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -70,17 +71,17 @@ def main() -> None:
     torch.manual_seed(1)
     data = batch("bert", B=4)
     part = {k: v[2 * rank : 2 * rank + 2] for k, v in data.items()}
-    for regime in ("layernorm", "full", "lora"):
-        for every in (False, True):
+    for regime, level in itertools.product(("layernorm", "full", "lora"), ("exact", "recompute", "checkpoint")):
+        for every in (False, True) if level == "exact" else (False,):
             model = model_of("bert", regime)
             own = step(model, data)
-            pk.patch(model)
+            pk.patch(model, memory=level)
             layers = next(m for m in model.modules() if isinstance(m, nn.ModuleList))
             for module in [m for layer in layers for m in layer.modules() if type(m) is nn.Linear] if every else layers:
                 fully_shard(module)
             fully_shard(model)
             two_steps(model, part)
-            check(f"fsdp2 bert {regime} by {'linear' if every else 'layer'}", model, own)
+            check(f"fsdp2 bert {regime} {level} by {'linear' if every else 'layer'}", model, own)
     model = model_of("bert", "full")
     own = step(model, data)
     for layer in model.bert.encoder.layer:

@@ -17,7 +17,12 @@ EXPECTED = [
     "ddp bert layernorm patched after",
     "ddp llama layernorm patched before",
     "ddp llama lora patched before",
-    *(f"fsdp2 bert {regime} by {unit}" for regime in ("layernorm", "full", "lora") for unit in ("layer", "linear")),
+    *(f"fsdp2 bert {regime} exact by linear" for regime in ("layernorm", "full", "lora")),
+    *(
+        f"fsdp2 bert {regime} {level} by layer"
+        for regime in ("layernorm", "full", "lora")
+        for level in ("exact", "recompute", "checkpoint")
+    ),
     "fsdp2 bert full refused after",
 ]
 
