@@ -23,7 +23,7 @@ class PetuneCallback(TrainerCallback):
     Args:
         regime: what trains, one of `pk.tune`'s names; None leaves requires_grad as it is (PEFT models, own choices).
             For tune's other arguments call `pk.tune` on the model before it goes to Trainer.
-        strict: as in `pk.patch`.
+        strict, memory: as in `pk.patch`.
         keep: leave the model patched when training ends.
 
     Attributes:
@@ -38,8 +38,10 @@ class PetuneCallback(TrainerCallback):
     A training run that raises leaves the model patched; `pk.unpatch(model)` is then up to the caller.
     """
 
-    def __init__(self, regime: str | None = None, strict: bool = False, keep: bool = False) -> None:
-        self.regime, self.strict, self.keep = regime, strict, keep
+    def __init__(
+        self, regime: str | None = None, strict: bool = False, keep: bool = False, memory: str = "exact"
+    ) -> None:
+        self.regime, self.strict, self.keep, self.memory = regime, strict, keep, memory
         self.report: PatchReport | None = None
         self.tuned: TuneReport | None = None
         self._model: nn.Module | None = None
@@ -82,7 +84,8 @@ class PetuneCallback(TrainerCallback):
             self._bound = False
 
     def _patch(self, model: nn.Module) -> None:
-        self.report, self._model, self._bound = patch(model, strict=self.strict), model, True
+        self.report = patch(model, strict=self.strict, memory=self.memory)
+        self._model, self._bound = model, True
 
 
 def _check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, regime: str) -> None:

@@ -61,6 +61,14 @@ def _plain_errors(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
+def _level(name: str) -> str:
+    from petune_kernels.patch.memory import LEVELS
+
+    if name not in LEVELS:
+        raise typer.BadParameter(f"{name!r} is unknown; the levels are {', '.join(LEVELS)}")
+    return name
+
+
 def _regime(name: str) -> str:
     from petune_kernels.regimes import regimes
 
@@ -100,6 +108,9 @@ def demo(
     dtype: Annotated[DType, typer.Option(help="Of weights and activations.")] = DType.float32,
     device: Annotated[Device, typer.Option(help="auto takes an NVIDIA GPU if there is one.")] = Device.auto,
     dropout: Annotated[bool, typer.Option(help="Train with the model's dropout rates, or with none.")] = True,
+    memory: Annotated[
+        str, typer.Option(help="exact, coded, recompute or checkpoint: what is kept for backward.", callback=_level)
+    ] = "exact",
     lr: Annotated[float | None, typer.Option(help="Peak learning rate.", show_default="by regime")] = None,
     steps: Annotated[
         int | None, typer.Option(min=2, help="Training steps per seed.", show_default="200; quick 30")
@@ -147,6 +158,7 @@ def demo(
         dtype=dtype.value,
         device=chosen,
         dropout=dropout,
+        memory=memory,
         lr=lr,
         seed=seed,
         **{name: value for name, value in given.items() if value is not None},

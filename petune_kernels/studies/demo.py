@@ -42,6 +42,7 @@ class Settings:
     dtype: str = "float32"
     device: str = "cpu"
     dropout: bool = True
+    memory: str = "exact"
     lr: float | None = None
     seed: int = 0
     epochs: float | None = None
@@ -95,7 +96,7 @@ class Task:
         """The pretrained model with this seed's head, tuned by the regime; patched if the variant says so."""
         dropout = dropout and self.settings.dropout
         model = train.load_model(self.folder, len(self.names), seed, self.dtype, self.device, dropout)
-        return prepare(model, variant, self.settings.regime)[0]
+        return prepare(model, variant, self.settings.regime, self.settings.memory)[0]
 
     def runs(self, seed: int, steps: int, full: bool = False, dropout: bool = True) -> dict[str, train.Run]:
         batches = self.full if full else self.train
@@ -105,11 +106,11 @@ class Task:
         }
 
 
-def prepare(model: nn.Module, variant: str, regime: str) -> tuple[nn.Module, Any, Any]:
+def prepare(model: nn.Module, variant: str, regime: str, memory: str = "exact") -> tuple[nn.Module, Any, Any]:
     """Chooses what trains and, for "patched", what runs. Returns the model, the tune report and the patch report."""
     try:
         tuned = pk.tune(model, regime)
-        return model, tuned, pk.patch(model) if variant == "patched" else None
+        return model, tuned, pk.patch(model, memory=memory) if variant == "patched" else None
     except (ValueError, pk.PatchError) as error:
         raise InputError(str(error)) from error
 
@@ -180,7 +181,7 @@ def step_memory(settings: Settings, variant: str) -> measure.Peak:
 def _coverage(task: Task) -> dict[str, Any]:
     settings = task.settings
     model = train.load_model(task.folder, len(task.names), settings.seed, task.dtype, task.device, settings.dropout)
-    _, tuned, patched = prepare(model, "patched", settings.regime)
+    _, tuned, patched = prepare(model, "patched", settings.regime, settings.memory)
     return {
         "coverage": {
             "patched": dict(patched.patched),
@@ -203,7 +204,8 @@ def _saved(task: Task, bars: _Bars) -> Pair:
     batch = _first(task.full)
 
     def build(variant: str, layers: int) -> nn.Module:
-        return prepare(train.random_model(config, layers, task.dtype, task.device), variant, task.settings.regime)[0]
+        model = train.random_model(config, layers, task.dtype, task.device)
+        return prepare(model, variant, task.settings.regime, task.settings.memory)[0]
 
     found: Pair = {}
     with bars.phase("bytes saved for backward", len(VARIANTS)) as advance:

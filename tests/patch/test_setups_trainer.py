@@ -204,6 +204,20 @@ def test_callback_added_later(tmp_path: Path) -> None:
         run.train()
 
 
+def test_memory_levels_in_trainer(tmp_path: Path) -> None:
+    """The same losses and parameters at every level, dropout on, with nothing else to set."""
+    runs = []
+    for level in ("exact", "coded", "recompute", "checkpoint"):
+        callback = pk.PetuneCallback("layernorm", memory=level)
+        run = trainer(build("bert"), tmp_path, [callback], max_steps=4)
+        runs.append((run.train().training_loss, [p for p in run.model.parameters() if p.requires_grad]))
+        assert callback.report is not None and callback.report.memory == level
+    for loss, parameters in runs[1:]:
+        assert abs(loss - runs[0][0]) < 1e-5
+        for p, q in zip(parameters, runs[0][1], strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+
+
 def test_callback_says_what_is_wrong(tmp_path: Path) -> None:
     model = build("bert")
     frozen = [p.requires_grad_(False) for p in model.parameters()]
