@@ -72,7 +72,7 @@ def small(op: str, T: int, H: int, **params: torch.Tensor | None) -> int:
 
 
 def per_replica(G: int, *params: torch.Tensor | None) -> list[torch.Tensor | None]:
-    """A trained parameter [H] beside others [G, H] as [G, H]: kernels give each replica's gradient. Frozen ones stay."""
+    """A trained parameter [H] beside others [G, H] as [G, H], as kernels give gradients; frozen ones stay."""
     return [
         t.expand(G, -1).contiguous() if t is not None and G > 1 and t.dim() == 1 and t.requires_grad else t
         for t in params

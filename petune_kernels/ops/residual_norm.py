@@ -134,9 +134,9 @@ def residual_norm(
 
     Args:
         x: [..., H], float16, bfloat16, float32 or float64; its T rows are all but the last dimension.
-        gamma, beta, bias: [G, H] for G replicas whose rows follow one another (G divides T), or [H] for all. Any floating
-            dtype; those that differ from x are used in float32. Each may be None and each may be frozen: a gradient
-            that autograd does not ask for is not computed.
+        gamma, beta, bias: [G, H] for G replicas whose rows follow one another (G divides T), or [H] for all. Any
+            floating dtype; those that differ from x are used in float32. Each may be None and each may be frozen: a
+            gradient that autograd does not ask for is not computed.
         residual: same shape as x. Where its dtype differs, both are promoted as torch.add promotes them.
         p: dropout probability in [0, 1), in effect whenever it is not 0 (callers pass 0 in evaluation).
         eps: added to the variance (or mean square).
