@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import petune_kernels as pk
 from petune_kernels import reference
+from petune_kernels.ops import _saving as saving
 from petune_kernels.ops.residual_norm import residual_norm
 from petune_kernels.schema import ROW_XHAT, ROW_Y, ROW_Z
 
@@ -134,6 +135,8 @@ def test_replicas_may_share_some_parameters(shared: tuple[bool, ...], frozen: bo
         with pk.backend(backend):
             y = call(t, seed)
             torch.testing.assert_close(y, expected, rtol=2e-5, atol=2e-5)
+            if isinstance(again := saving.known(y), saving.Recipe):
+                torch.testing.assert_close(again.again(iter(list(again.leaves()))), y, rtol=2e-5, atol=2e-5)
             trained = [n for n in NAMES if t[n].requires_grad]
             found = torch.autograd.grad(y, [t[n] for n in trained], dy)
             for n, d in zip(trained, found, strict=True):
