@@ -40,7 +40,9 @@ class ReplicaError(RuntimeError):
     """A model that cannot be packed, with the reason, or a packed model used as it cannot be."""
 
 
-def replicate(model: nn.Module, seeds: Iterable[int | tuple[int, int]], *, init: Init = "draw") -> Replicas:
+def replicate(
+    model: nn.Module, seeds: Iterable[int | tuple[int, int]], *, init: Init = "draw", memory: str = "exact"
+) -> Replicas:
     """Packs one training run for each seed into `model`, whose frozen parameters they share.
 
     Choose what trains first (`pk.tune`, PEFT). Every trainable parameter p becomes one Parameter [G, *p.shape], the
@@ -55,6 +57,7 @@ def replicate(model: nn.Module, seeds: Iterable[int | tuple[int, int]], *, init:
         init: "draw" draws the head, LoRA's factors and a prefix anew from wi and leaves everything else; "keep" starts
             every replica from the model's values; a function is called as init(model, wi) after torch.manual_seed(wi)
             and sets values of trainable parameters in place.
+        memory: what is kept for backward, as in `patch`.
 
     Returns:
         Replicas: the runs' parameters, batches and results.
@@ -77,8 +80,9 @@ def replicate(model: nn.Module, seeds: Iterable[int | tuple[int, int]], *, init:
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not trained:
         raise ReplicaError("replicate: no parameter requires a gradient; choose what trains first")
-    was_patched = any(pattern.pattern_of(m) or attention.bound(m) for m in model.modules())
-    report = patch(model)
+    before, attending = pattern.bindings(model), any(map(attention.bound, model.modules()))
+    report = patch(model, memory=memory)
+    undo = functools.partial(_undo, model, before, attending)
     try:
         binders, refused = binding.plan(model, report)
         if refused:
@@ -87,11 +91,19 @@ def replicate(model: nn.Module, seeds: Iterable[int | tuple[int, int]], *, init:
         reason = check(model, trained, binders, report)
         if reason:
             raise ReplicaError(f"replicate: {reason}")
-        return Replicas(model, trained, binders, pairs, _starts(model, trained, pairs, init), was_patched)
+        return Replicas(model, trained, binders, pairs, _starts(model, trained, pairs, init), undo)
     except BaseException:
-        if not was_patched:
-            unpatch(model)
+        undo()
         raise
+
+
+def _undo(model: nn.Module, before: dict[nn.Module, dict[str, Any]], attending: bool) -> None:
+    """Takes off what `replicate` bound: its own forwards, and patches that were not there before."""
+    pattern.bind_again(before)
+    for module in model.modules():
+        module.__dict__.pop(binding.MARK, None)
+        if not attending and attention.bound(module):
+            attention.unbind(module)
 
 
 def _pair(seed: Any) -> tuple[int, int]:
@@ -138,11 +150,11 @@ class Replicas:
         binders: Mapping[str, Callable[[nn.Module], None]],
         seeds: list[tuple[int, int]],
         starts: list[dict[str, Tensor]],
-        was_patched: bool,
+        undo: Callable[[], None],
     ):
         self.model, self.seeds = model, tuple(seeds)
         self._active = list(range(len(seeds)))
-        self._was_patched, self._released = was_patched, False
+        self._undo, self._released = undo, False
         self._originals = dict(trained)
         names = {id(p): name for name, p in trained.items()}
         self._homes: list[tuple[nn.Module, str, str]] = [
@@ -245,9 +257,7 @@ class Replicas:
             module._parameters[own] = self._originals[name]
         for name, value in values.items():
             self._originals[name].copy_(value)
-        binding.unbind(self.model)
-        if not self._was_patched:
-            unpatch(self.model)
+        self._undo()
         return self.model
 
     def _known(self, g: int) -> int:

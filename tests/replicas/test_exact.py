@@ -67,6 +67,16 @@ def test_every_replica_is_its_solo_run(family: str, regime: str) -> None:
         torch.testing.assert_close(ours, own, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("memory", ("coded", "recompute", "checkpoint"))
+@pytest.mark.parametrize("family,regime", (("bert", "bitfit"), ("llama", "lora")))
+def test_every_memory_level_draws_each_replicas_masks_again(family: str, regime: str, memory: str) -> None:
+    runs = pk.replicate(make(family, regime), SEEDS, init=init, memory=memory)
+    starts = [runs.replica(g) for g in range(3)]
+    losses = packed(runs, family, lr, 5, {1: 3})
+    for g, alone in enumerate(starts):
+        assert losses[g] == pytest.approx(solo(alone, family, SEEDS[g][1], lr(g), len(losses[g])), rel=1e-5)
+
+
 def test_in_bfloat16_losses_agree_to_its_rounding() -> None:
     model = make("bert", "lora", dtype=torch.bfloat16)
     runs = pk.replicate(model, SEEDS, init=init)

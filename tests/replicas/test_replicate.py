@@ -20,7 +20,7 @@ def condition(model: nn.Module) -> list[Any]:
     configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
     return [
         [(n, id(p), p.requires_grad, p._version) for n, p in model.named_parameters()],
-        [(n, id(m), sorted(m.__dict__), m.training) for n, m in model.named_modules()],
+        [(n, id(m), sorted(m.__dict__), id(m.__dict__.get("forward")), m.training) for n, m in model.named_modules()],
         [getattr(c, "_attn_implementation_internal", None) for c in configs.values()],
         torch.get_rng_state().tolist(),
     ]
@@ -84,11 +84,11 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-@pytest.mark.parametrize("patched", (False, True))
-def test_a_refusal_leaves_the_model_as_it_was(case: str, patched: bool) -> None:
+@pytest.mark.parametrize("patched", (None, "exact", "checkpoint"))
+def test_a_refusal_leaves_the_model_as_it_was(case: str, patched: str | None) -> None:
     model = refused_model(case)
     if patched:
-        pk.patch(model)
+        pk.patch(model, memory=patched)
     before = condition(model)
     with pytest.raises(pk.ReplicaError, match=REFUSED[case]):
         pk.replicate(model, [0, 1], init=init)
@@ -110,11 +110,11 @@ def test_an_init_that_fails_leaves_the_model_as_it_was() -> None:
     assert [x[:3] for x in after[0]] == [x[:3] for x in before[0]] and after[1:] == before[1:]
 
 
-@pytest.mark.parametrize("patched", (False, True))
-def test_release_gives_the_model_back(patched: bool) -> None:
+@pytest.mark.parametrize("patched", (None, "exact", "checkpoint"))
+def test_release_gives_the_model_back(patched: str | None) -> None:
     model = make("roberta", "bitfit")
     if patched:
-        pk.patch(model)
+        pk.patch(model, memory=patched)
     own, before = dict(model.named_parameters()), condition(model)
     values = {n: p.detach().clone() for n, p in own.items()}
     runs = pk.replicate(model, [0, 1], init=init)
@@ -212,12 +212,14 @@ def test_a_call_that_would_mix_replicas_is_refused() -> None:
         model(**unlabelled(inputs))
 
 
-def test_patching_and_packing_again_are_refused() -> None:
+def test_packing_again_and_unpatching_are_refused() -> None:
     model: Any = make("llama", "layernorm")
     runs = pk.replicate(model, [0, 1], init=init)
     with pytest.raises(pk.ReplicaError, match="is it packed already"):
         pk.replicate(model, [0, 1])
-    pk.unpatch(model)
+    with pytest.raises(pk.PatchError, match="the forward of score was replaced after patching"):
+        pk.unpatch(model)
+    del model.model.norm.forward
     with pytest.raises(pk.ReplicaError, match="replaced or taken off since"):
         model(**runs.repeat(unlabelled(next(data("llama", 0)))))
 
