@@ -75,10 +75,11 @@ Output small(bool want, const MaybeTensor& like, const Tensor& otherwise) {
   return like ? Output(want, *like, shape_of(*like)) : Output(false, otherwise, {});
 }
 
-// Replicas and dtype of the small parameters that are there; all agree (ops/ sees to it).
+// Replicas and dtype of the small parameters that are there; each is [G, H], or [H] and so one for all replicas.
 struct Small {
   int64_t G = 1;
   DType dtype = DType::f32;
+  int shared = 0;  // bit i: the i-th parameter is [H] though G > 1
 
   Small(std::initializer_list<const MaybeTensor*> params, int64_t T, int64_t H) {
     const Tensor* first = nullptr;
@@ -86,12 +87,17 @@ struct Small {
       if (!*param) continue;
       const Tensor& t = **param;
       STD_TORCH_CHECK(t.size(t.dim() - 1) == H, "petune: a parameter's last dimension is not the rows' width");
-      if (!first) {
-        first = &t;
-        G = t.dim() == 2 ? t.size(0) : 1;
-        dtype = dtype_of(t);
+      if (!first) first = &t, dtype = dtype_of(t);
+      if (t.dim() == 2) {
+        STD_TORCH_CHECK(G == 1 || t.size(0) == G, "petune: the parameters differ in their replicas");
+        G = t.size(0);
       }
-      STD_TORCH_CHECK(t.numel() == G * H && dtype_of(t) == dtype, "petune: the parameters differ in shape or dtype");
+      STD_TORCH_CHECK(dtype_of(t) == dtype, "petune: the parameters differ in dtype");
+    }
+    int bit = 1;
+    for (const MaybeTensor* param : params) {
+      if (*param && G > 1 && (*param)->numel() != G * H) shared |= bit;
+      bit *= 2;
     }
     STD_TORCH_CHECK(G > 0 && T % G == 0, "petune: the replicas do not divide the rows");
   }
@@ -142,10 +148,27 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> residual_norm(Tensor x, MaybeTensor b
   const Launch launch(x);
   Output y(true, x, {T, H}), z(want_z, x, {T, H}), xhat(want_xhat, x, {T, H});
   Tensor rstd = torch::stable::new_empty(x, Shape{T}, ScalarType::Float);
-  kernels::residual_norm(
-      {T, H, params.G, seeds.count, dtype_of(x), params.dtype, read(x), read(bias), read(residual), read(gamma),
-       read(beta), seeds.data, p, eps, rms, y.data(), z.data(), xhat.data(), static_cast<float*>(write(rstd))},
-      launch.stream());
+  kernels::residual_norm({T,
+                          H,
+                          params.G,
+                          seeds.count,
+                          dtype_of(x),
+                          params.dtype,
+                          read(x),
+                          read(bias),
+                          read(residual),
+                          read(gamma),
+                          read(beta),
+                          seeds.data,
+                          p,
+                          eps,
+                          rms,
+                          y.data(),
+                          z.data(),
+                          xhat.data(),
+                          static_cast<float*>(write(rstd)),
+                          params.shared},
+                         launch.stream());
   return {y.tensor, z.tensor, xhat.tensor, rstd};
 }
 
@@ -155,6 +178,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> residual_norm_backward(
     bool want_dgamma, bool want_dbeta) {
   const int64_t T = dy.size(0), H = dy.size(1);
   const Small params({&bias, &gamma, &beta}, T, H);
+  const int wanted = (want_dbias ? kSharedBias : 0) | (want_dgamma ? kSharedGamma : 0) | (want_dbeta ? kSharedBeta : 0);
+  STD_TORCH_CHECK((params.shared & wanted) == 0, "petune: a parameter that replicas share has no gradient here");
   const Seed seeds(seed, T);
   const Launch launch(dy);
   Output dresidual(want_dresidual, dy, {T, H}), dx(want_dx, dy, {T, H});
@@ -181,7 +206,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> residual_norm_backward(
                             dbias.data(),
                             dgamma.data(),
                             dbeta.data(),
-                            nullptr};
+                            nullptr,
+                            params.shared};
   Tensor workspace = Launch::workspace(dy, kernels::residual_norm_backward_workspace(args));
   args.workspace = write(workspace);
   kernels::residual_norm_backward(args, launch.stream());
@@ -294,7 +320,7 @@ Attention attention_args(const Tensor& q, const Tensor& k, const Tensor& v, cons
   const int64_t B = q.size(0), h = q.size(1), S = q.size(2), K = k.size(2), D = q.size(3);
   STD_TORCH_CHECK(k.size(0) == B && k.size(1) == h && k.size(3) == D && shape_of(v) == shape_of(k),
                   "petune: q, k and v do not match");
-  const Seed seeds(seed, 1);
+  const Seed seeds(seed, B);
   Attention args{B,
                  h,
                  S,
@@ -311,6 +337,7 @@ Attention attention_args(const Tensor& q, const Tensor& k, const Tensor& v, cons
                  nullptr,
                  {},
                  seeds.data,
+                 seeds.count,
                  p,
                  scale,
                  causal,

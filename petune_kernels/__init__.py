@@ -17,6 +17,7 @@ from . import schema  # noqa: F401  (defines the ops before anything uses them)
 from .backends import BackendError, backend
 from .patch import PatchError, PatchReport, patch, patched, unpatch
 from .regimes import TuneReport, tune
+from .replicas import ReplicaError, Replicas, replicate
 
 if TYPE_CHECKING:
     from .callback import PetuneCallback
@@ -27,10 +28,13 @@ __all__ = [
     "PatchError",
     "PatchReport",
     "PetuneCallback",
+    "ReplicaError",
+    "Replicas",
     "TuneReport",
     "backend",
     "patch",
     "patched",
+    "replicate",
     "tune",
     "unpatch",
 ]

@@ -2,8 +2,9 @@
 
 Shapes: T rows (tokens), H width, N features, G replicas, B batch, h heads, S query and K key positions, D head width.
 Small parameters (gamma, beta, bias) are [H] (one replica) or [G, H]; rows are replica-major, so replica g owns rows
-g*T/G to (g+1)*T/G. `seed` is an int64 tensor of 1 or G elements on x's device; None means no dropout. The fixed arity
-is deliberate: an output nobody asked for is an empty tensor of shape [0].
+g*T/G to (g+1)*T/G. In `residual_norm` [H] may stand beside [G, H]: all replicas share it, and it gets no gradient.
+`seed` is an int64 tensor of 1 or G elements on x's device; None means no dropout. The fixed arity is deliberate: an
+output nobody asked for is an empty tensor of shape [0].
 
 Implementations: reference.py for every device, csrc/ for the CPU and CUDA keys (they win where they are loaded), and
 triton/ through `backend`. Argument checks live in ops/, once for all of them.

@@ -12,6 +12,7 @@ namespace petune {
 enum class DType : int { f32, bf16, f16 };
 enum class Row : int { xhat, z, y };
 enum class Act : int { gelu, gelu_tanh, relu, silu };
+enum Shared : int { kSharedBias = 1, kSharedGamma = 2, kSharedBeta = 4 };
 
 // The 8-bit code of act': code c stands for act' = lo + step * c. Derived in petune_kernels/reference.py.
 struct SlopeCode {
@@ -35,6 +36,7 @@ struct ResidualNorm {
   bool rms;
   void *y, *z, *xhat;  // z, xhat may be null
   float* rstd;         // [T]
+  int shared;          // bits of Shared: parameters that are [H] though G > 1, one for all replicas
 };
 
 struct ResidualNormBackward {
@@ -50,6 +52,7 @@ struct ResidualNormBackward {
   void *dresidual, *dx;          // [T, H]: gradient of z, and of x behind the dropout; either may be null
   void *dbias, *dgamma, *dbeta;  // [G, H] in param_dtype; each may be null
   void* workspace;               // residual_norm_backward_workspace bytes, CUDA: zero-filled
+  int shared;                    // as above; such a parameter has no gradient here
 };
 
 struct BiasAct {
@@ -100,7 +103,8 @@ struct Attention {
   Strides q_strides, k_strides, v_strides, o_strides;
   const void* mask;  // additive, in dtype, broadcast by zero strides; null: none
   int64_t mask_strides[4];
-  const int64_t* seed;  // element index ((b * h + head) * S + row) * K + column
+  const int64_t* seed;  // element index ((b * h + head) * S + row) * K + column, b counted within the batch of its seed
+  int64_t seeds;        // elements of seed: 1 or G, which divides B
   double p, scale;
   bool causal;  // row i sees columns up to i + K - S
   void* o;      // 0 in a row that sees nothing; unused in backward

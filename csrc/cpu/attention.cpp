@@ -285,8 +285,9 @@ struct Head {
   int64_t visible(int64_t row) const { return a.causal ? std::clamp<int64_t>(row + 1 + a.K - a.S, 0, a.K) : a.K; }
 
   const float* keep(int64_t row) const {
-    const int64_t first = ((b * a.h + h) * a.S + row) * a.K;
-    return a.seed ? dropper.multipliers(static_cast<uint64_t>(*a.seed), first, visible(row), multipliers) : nullptr;
+    if (!a.seed) return nullptr;
+    const int64_t batch = a.B / a.seeds, first = ((b % batch * a.h + h) * a.S + row) * a.K;
+    return dropper.multipliers(static_cast<uint64_t>(a.seed[b / batch]), first, visible(row), multipliers);
   }
 
   // Turns a row of q k^T into scale * q k^T + mask, -inf where it may not look; returns the maximum.

@@ -20,9 +20,9 @@ void forward_rows(const ResidualNorm& a, int64_t begin, int64_t end) {
   for (int64_t t = begin; t < end; ++t) {
     if (t / replica_rows != replica) {
       replica = t / replica_rows;
-      expand(a.bias, a.param_dtype, replica * H, H, 0.0f, bias);
-      expand(a.gamma, a.param_dtype, replica * H, H, 1.0f, gamma);
-      expand(a.beta, a.param_dtype, replica * H, H, 0.0f, beta);
+      expand(a.bias, a.param_dtype, a.shared & kSharedBias ? 0 : replica * H, H, 0.0f, bias);
+      expand(a.gamma, a.param_dtype, a.shared & kSharedGamma ? 0 : replica * H, H, 1.0f, gamma);
+      expand(a.beta, a.param_dtype, a.shared & kSharedBeta ? 0 : replica * H, H, 0.0f, beta);
     }
     const X* x = static_cast<const X*>(a.x) + t * H;
     const X* residual = a.residual ? static_cast<const X*>(a.residual) + t * H : nullptr;
@@ -64,8 +64,8 @@ void backward_rows(const ResidualNormBackward& a, int64_t replica, int64_t begin
         *multipliers = beta + padded(H), *dbias = multipliers + padded(H), *dgamma = dbias + padded(H),
         *dbeta = dgamma + padded(H);
   std::fill(dbias, dbias + 3 * padded(H), 0.0f);
-  expand(a.gamma, a.param_dtype, replica * H, H, 1.0f, gamma);
-  expand(a.beta, a.param_dtype, replica * H, H, 0.0f, beta);
+  expand(a.gamma, a.param_dtype, a.shared & kSharedGamma ? 0 : replica * H, H, 1.0f, gamma);
+  expand(a.beta, a.param_dtype, a.shared & kSharedBeta ? 0 : replica * H, H, 0.0f, beta);
   const Dropper dropper(a.p);
   const bool want_input = a.dresidual || a.dx || a.dbias;
   for (int64_t t = begin; t < end; ++t) {

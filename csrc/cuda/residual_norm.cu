@@ -107,6 +107,11 @@ struct Place {
   __device__ int first_column() const {
     return (thread / 32 * C * 32 + thread % 32) * V;
   }
+  // Where this replica's values of a small parameter begin: [G, H], or [H] for all replicas.
+  template <typename Op>
+  __device__ int64_t parameter(const Op& op, Shared which, int H) const {
+    return op.shared & which ? 0 : g * H;
+  }
   // The mask of one chunk of row i of this replica. Elements are counted within the rows of one seed; a division finds
   // them only where seeds and replicas differ in number.
   template <bool kVector, int V>
@@ -128,7 +133,7 @@ __device__ __forceinline__ void make_z(const ResidualNorm& op, const Rows& rows,
   unpack<T>(x, z);
   if (op.bias != nullptr) {
     float bias[V];
-    load_param<kVector, T>(op.bias, rows.param_f32, at.g * rows.H + column, n, bias);
+    load_param<kVector, T>(op.bias, rows.param_f32, at.parameter(op, kSharedBias, rows.H) + column, n, bias);
 #pragma unroll
     for (int j = 0; j < V; ++j) z[j] += bias[j];
   }
@@ -152,13 +157,13 @@ __device__ __forceinline__ void write_row(const ResidualNorm& op, const Rows& ro
   if (op.xhat != nullptr) store<kVector>(static_cast<T*>(op.xhat) + offset + column, n, z);
   if (op.gamma != nullptr) {
     float gamma[V];
-    load_param<kVector, T>(op.gamma, rows.param_f32, at.g * rows.H + column, n, gamma);
+    load_param<kVector, T>(op.gamma, rows.param_f32, at.parameter(op, kSharedGamma, rows.H) + column, n, gamma);
 #pragma unroll
     for (int i = 0; i < V; ++i) z[i] *= gamma[i];
   }
   if (op.beta != nullptr) {
     float beta[V];
-    load_param<kVector, T>(op.beta, rows.param_f32, at.g * rows.H + column, n, beta);
+    load_param<kVector, T>(op.beta, rows.param_f32, at.parameter(op, kSharedBeta, rows.H) + column, n, beta);
 #pragma unroll
     for (int i = 0; i < V; ++i) z[i] += beta[i];
   }
@@ -266,15 +271,16 @@ __global__ void __launch_bounds__(kBlock, 2) residual_norm_any(ResidualNorm op, 
 
 // dy, g = dy * gamma and xhat of one chunk. mean matters for Row::z only.
 template <typename T, bool kVector>
-__device__ __forceinline__ void make_xhat(const ResidualNormBackward& op, const Rows& rows, int64_t param, int n,
-                                          uint4 dy, uint4 row, float mean, float rstd, float (&wide_dy)[kChunk<T>],
-                                          float (&g)[kChunk<T>], float (&xhat)[kChunk<T>]) {
+__device__ __forceinline__ void make_xhat(const ResidualNormBackward& op, const Rows& rows, const Place& at, int column,
+                                          int n, uint4 dy, uint4 row, float mean, float rstd,
+                                          float (&wide_dy)[kChunk<T>], float (&g)[kChunk<T>],
+                                          float (&xhat)[kChunk<T>]) {
   constexpr int V = kChunk<T>;
   unpack<T>(dy, wide_dy);
   unpack<T>(row, xhat);
   float gamma[V];
   if (op.gamma != nullptr) {
-    load_param<kVector, T>(op.gamma, rows.param_f32, param, n, gamma);
+    load_param<kVector, T>(op.gamma, rows.param_f32, at.parameter(op, kSharedGamma, rows.H) + column, n, gamma);
   } else {
 #pragma unroll
     for (int i = 0; i < V; ++i) gamma[i] = 1.0f;
@@ -285,7 +291,7 @@ __device__ __forceinline__ void make_xhat(const ResidualNormBackward& op, const 
   } else if (op.row_kind == Row::y) {
     if (op.beta != nullptr) {
       float beta[V];
-      load_param<kVector, T>(op.beta, rows.param_f32, param, n, beta);
+      load_param<kVector, T>(op.beta, rows.param_f32, at.parameter(op, kSharedBeta, rows.H) + column, n, beta);
 #pragma unroll
       for (int i = 0; i < V; ++i) xhat[i] -= beta[i];
     }
@@ -388,7 +394,7 @@ __global__ void __launch_bounds__(most_threads(kSums), blocks_per_multiprocessor
       const int column = first_column + c * 32 * V;
       if (column >= width) continue;
       float wide_dy[V], g[V], xhat[V];
-      make_xhat<T, true>(op, rows, at.g * rows.H + column, V, dy[c], row[c], mean[0], rstd, wide_dy, g, xhat);
+      make_xhat<T, true>(op, rows, at, column, V, dy[c], row[c], mean[0], rstd, wide_dy, g, xhat);
 #pragma unroll
       for (int j = 0; j < V; ++j) {
         dots[0] += g[j] * xhat[j];
@@ -406,7 +412,7 @@ __global__ void __launch_bounds__(most_threads(kSums), blocks_per_multiprocessor
       const int column = first_column + c * 32 * V;
       if (column >= width) continue;
       float wide_dy[V], g[V], xhat[V];
-      make_xhat<T, true>(op, rows, at.g * rows.H + column, V, dy[c], row[c], mean[0], rstd, wide_dy, g, xhat);
+      make_xhat<T, true>(op, rows, at, column, V, dy[c], row[c], mean[0], rstd, wide_dy, g, xhat);
       write_d<T, true>(op, rows, at, offset, i, column, V, dz[c], mean_gx, mean_g, rstd, xhat, g);
       if constexpr ((kSums & kBias) != 0) {
 #pragma unroll
@@ -490,7 +496,7 @@ __global__ void __launch_bounds__(kBlock, 2)
           const uint4 dy = load<kVector>(static_cast<const T*>(op.dy) + offset + column, n);
           const uint4 saved = load<kVector>(static_cast<const T*>(op.row) + offset + column, n);
           float wide_dy[V], g[V], xhat[V];
-          make_xhat<T, kVector>(op, rows, at.g * rows.H + column, n, dy, saved, mean[0], rstd, wide_dy, g, xhat);
+          make_xhat<T, kVector>(op, rows, at, column, n, dy, saved, mean[0], rstd, wide_dy, g, xhat);
 #pragma unroll
           for (int j = 0; j < V; ++j) {
             dots[0] += j < n ? g[j] * xhat[j] : 0.0f;  // past the end y / gamma is 0 / 0
@@ -518,7 +524,7 @@ __global__ void __launch_bounds__(kBlock, 2)
         if (want_row) saved = load<kVector>(static_cast<const T*>(op.row) + offset + column, n);
         if (want_d && op.dz != nullptr) dz = load<kVector>(static_cast<const T*>(op.dz) + offset + column, n);
         float wide_dy[V], g[V], xhat[V];
-        make_xhat<T, kVector>(op, rows, at.g * rows.H + column, n, dy, saved, want_row ? tile_mean[r] : 0.0f,
+        make_xhat<T, kVector>(op, rows, at, column, n, dy, saved, want_row ? tile_mean[r] : 0.0f,
                               want_row ? tile_rstd[r] : 0.0f, wide_dy, g, xhat);
 #pragma unroll
         for (int j = 0; j < V; ++j) {

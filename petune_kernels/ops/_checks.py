@@ -53,20 +53,30 @@ def same_shape(op: str, x: torch.Tensor, **tensors: torch.Tensor | None) -> None
 
 
 def small(op: str, T: int, H: int, **params: torch.Tensor | None) -> int:
-    """Checks small parameters [H] or [G, H] against rows [T, H]; returns G."""
-    G: int | None = None
+    """Checks small parameters [G, H], or [H] for all replicas, against rows [T, H]; returns G."""
+    G = 1
     for name, t in params.items():
         if t is None:
             continue
         if t.dim() not in (1, 2) or t.shape[-1] != H:
             raise ValueError(f"{op}: {name} has shape {tuple(t.shape)}; accepted is [{H}] or [G, {H}] for rows of {H}")
-        g = 1 if t.dim() == 1 else t.shape[0]
-        if G is not None and g != G:
+        if t.dim() == 1:
+            continue
+        g = t.shape[0]
+        if G not in (1, g):
             raise ValueError(f"{op}: {name} has {g} replicas, another parameter has {G}; they must agree")
         if g == 0 or T % g:
             raise ValueError(f"{op}: {name} has {g} replicas, which does not divide the {T} rows of x")
         G = g
-    return 1 if G is None else G
+    return G
+
+
+def per_replica(G: int, *params: torch.Tensor | None) -> list[torch.Tensor | None]:
+    """A trained parameter [H] beside others [G, H] as [G, H], as kernels give gradients; frozen ones stay."""
+    return [
+        t.expand(G, -1).contiguous() if t is not None and G > 1 and t.dim() == 1 and t.requires_grad else t
+        for t in params
+    ]
 
 
 def seeds(op: str, seed: torch.Tensor | None, T: int, G: int, device: torch.device) -> None:

@@ -1,31 +1,103 @@
 """Where dropout seeds come from: torch's own generator of the device, so that torch.manual_seed and activation
-checkpointing rule them. One place, so that what runs a forward again can draw the same seeds again.
+checkpointing rule them; in a packed run, one generator a replica. One place, so that what runs a forward again can draw
+the same seeds again.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
 
+class Sources:
+    """One stream of seeds a replica, each what torch's own generator gives after torch.manual_seed(seed)."""
+
+    def __init__(self, seeds: Sequence[int]):
+        self._seeds = list(seeds)
+        self._generators: dict[torch.device, list[torch.Generator]] = {}
+
+    def __len__(self) -> int:
+        return len(self._seeds)
+
+    def manual_seed(self, i: int, seed: int) -> None:
+        self._seeds[i] = seed
+        for generators in self._generators.values():
+            generators[i].manual_seed(seed)
+
+    def remove(self, i: int) -> None:
+        del self._seeds[i]
+        for generators in self._generators.values():
+            del generators[i]
+
+    def draw(self, device: torch.device) -> torch.Tensor:
+        """int64 [G]: seed g is what replica g alone would draw now."""
+        if device not in self._generators:
+            self._generators[device] = [torch.Generator(device).manual_seed(s) for s in self._seeds]
+        return torch.cat([_draw(device, 1, generator) for generator in self._generators[device]])
+
+    def state(self) -> Any:
+        return list(self._seeds), {d: [g.get_state() for g in gs] for d, gs in self._generators.items()}
+
+    def set_state(self, state: Any) -> None:
+        self._seeds = list(state[0])
+        self._generators = {
+            device: [torch.Generator(device).set_state(one) for one in states] for device, states in state[1].items()
+        }
+
+
+_sources: Sources | None = None
+
+
+@contextlib.contextmanager
+def replicated(sources: Sources | None) -> Iterator[None]:
+    """Within it every op draws a seed a replica from `sources`; None: one from torch's own generator."""
+    global _sources
+    before, _sources = _sources, sources
+    try:
+        yield
+    finally:
+        _sources = before
+
+
+def _draw(device: torch.device, count: int, generator: torch.Generator | None) -> torch.Tensor:
+    return torch.randint(-(2**63), 2**63 - 1, (count,), dtype=torch.int64, device=device, generator=generator)
+
+
 def new_seed(device: torch.device, count: int = 1) -> torch.Tensor:
-    """int64 [count] on `device`."""
-    return torch.randint(-(2**63), 2**63 - 1, (count,), dtype=torch.int64, device=device)
+    """int64 [count] on `device`; [G] in a packed run of G replicas, where count is 1 or G."""
+    if _sources is None:
+        return _draw(device, count, None)
+    if count not in (1, len(_sources)):
+        raise ValueError(f"{count} replicas of a parameter in a packed run of {len(_sources)}; they must agree")
+    return _sources.draw(device)
 
 
 def state(device: torch.device) -> Any:
-    """What `rewound` needs to draw again from here on: the generators of the CPU and of `device`."""
-    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    """What `rewound` needs to draw again from here on: the generators of the CPU, of `device` and of the replicas."""
+    return (
+        torch.get_rng_state(),
+        torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+        _sources,
+        None if _sources is None else _sources.state(),
+    )
 
 
 @contextlib.contextmanager
 def rewound(device: torch.device, to: Any) -> Iterator[None]:
     """Within it every generator stands where it stood at `state`; afterwards where it stood before."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+    sources, then = to[2], to[3]
+    now = None if sources is None else sources.state()
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), replicated(sources):
         torch.set_rng_state(to[0])
         if to[1] is not None:
             torch.cuda.set_rng_state(to[1], device)
-        yield
+        if sources is not None:
+            sources.set_state(then)
+        try:
+            yield
+        finally:
+            if sources is not None:
+                sources.set_state(now)

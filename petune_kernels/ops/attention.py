@@ -10,7 +10,8 @@ Backward. With P~ = keep * P (keep scaled by 1/(1-p)) and dP~ = do v^T:
 
 where delta_i = sum_j P_ij dP_ij, summed from the tile at hand, so that neither o nor the rows' logsumexp is needed.
 Z and keep are computed again, tile by tile, from q, k and the seed; element ((b*h + head)*S + row)*K + column of the
-dropout mask is that of Z[b, head, row, column].
+dropout mask is that of Z[b, head, row, column]. With G seeds the batch is that of G replicas, one after the other, and
+b counts within each: a replica's mask is the one that its own B/G batch rows would get alone.
 
 A row that sees nothing (every column -inf) has o = 0 and no gradient, where eager has NaN. A row whose mask
 holds the dtype's finite minimum everywhere, as Hugging Face writes it, sees every column alike, as in eager.
@@ -194,7 +195,8 @@ def attention(
         p: dropout probability in [0, 1), in effect whenever it is not 0 (callers pass 0 in evaluation).
         scale: of the scores; D^(-1/2) when None.
         causal: row i sees columns up to i + K - S, the last row all of them.
-        seed: int64 [1]; drawn from torch's generator of q's device when None.
+        seed: int64 [1], or [G] for G replicas with B/G batch rows each; drawn from torch's generator of q's device when
+            None.
 
     Returns:
         o [B, h, S, D], laid out [B, S, h, D] in memory, so that the projection after it needs no copy.
@@ -207,9 +209,7 @@ def attention(
     check.same_device(op, q, k=k, v=v, mask=mask)
     check.probability(op, p)
     _check_heads(op, q, k, v)
-    if seed is not None and isinstance(seed, Tensor) and seed.numel() != 1:
-        raise ValueError(f"{op}: seed has {seed.numel()} elements; accepted is 1")
-    check.seeds(op, seed, 1, 1, q.device)
+    check.seeds(op, seed, q.shape[0], 1, q.device)
     if scale is None:
         scale = q.shape[3] ** -0.5
     if mask is not None:

@@ -105,10 +105,11 @@ def _affine(xhat: Tensor, gamma: Tensor | None, beta: Tensor | None) -> Tensor:
     """y from x-hat, rounded once more."""
     if gamma is None and beta is None:
         return xhat
-    G = next(1 if t.dim() == 1 else t.shape[0] for t in (gamma, beta) if t is not None)
-    rows = xhat.view(G, -1, xhat.shape[1])
+    H = xhat.shape[1]
+    G = max(t.numel() // H for t in (gamma, beta) if t is not None)
+    rows = xhat.view(G, -1, H)
     one, zero = (rows.new_tensor(c) for c in (1.0, 0.0))
-    gamma, beta = (c if t is None else t.view(G, 1, -1) for t, c in ((gamma, one), (beta, zero)))
+    gamma, beta = (c if t is None else t.view(-1, 1, H) for t, c in ((gamma, one), (beta, zero)))
     return torch.addcmul(beta, rows, gamma).view_as(xhat).to(xhat.dtype)
 
 
@@ -134,9 +135,9 @@ def residual_norm(
 
     Args:
         x: [..., H], float16, bfloat16, float32 or float64; its T rows are all but the last dimension.
-        gamma, beta, bias: [H], or [G, H] for G replicas whose rows follow one another (G divides T). Any floating
-            dtype; those that differ from x are used in float32. Each may be None and each may be frozen: a gradient
-            that autograd does not ask for is not computed.
+        gamma, beta, bias: [G, H] for G replicas whose rows follow one another (G divides T), or [H] for all. Any
+            floating dtype; those that differ from x are used in float32. Each may be None and each may be frozen: a
+            gradient that autograd does not ask for is not computed.
         residual: same shape as x. Where its dtype differs, both are promoted as torch.add promotes them.
         p: dropout probability in [0, 1), in effect whenever it is not 0 (callers pass 0 in evaluation).
         eps: added to the variance (or mean square).
@@ -163,7 +164,7 @@ def residual_norm(
     if residual is not None and residual.dtype != x.dtype:
         dtype = torch.promote_types(x.dtype, residual.dtype)
         x, residual = x.to(dtype), residual.to(dtype)
-    bias, gamma, beta = check.one_dtype(x, bias, gamma, beta)
+    bias, gamma, beta = check.per_replica(G, *check.one_dtype(x, bias, gamma, beta))
     if p == 0.0:
         seed = None
     elif seed is None:

@@ -62,6 +62,12 @@ def has_hooks(module: nn.Module) -> bool:
     return any(getattr(module, name) for name in _HOOKS)
 
 
+def drop_hooks(twin: nn.Module) -> None:
+    """Takes the hooks off a copy, whose original keeps its own."""
+    for name in (*_HOOKS, *_HOOK_FLAGS):
+        twin.__dict__[name] = type(getattr(twin, name))()
+
+
 def pattern_of(module: nn.Module) -> str | None:
     """The name of the pattern bound to this instance, or None."""
     return module.__dict__.get(_MARK)
@@ -142,8 +148,7 @@ def bare(module: nn.Module, twins: dict[nn.Module, nn.Module] | None = None) -> 
     twin.__dict__ = dict(module.__dict__, training=False)
     if bound(module) and not foreign_forward(module):
         unbind(twin)
-    for name in (*_HOOKS, *_HOOK_FLAGS):
-        twin.__dict__[name] = type(getattr(module, name))()
+    drop_hooks(twin)
     for name in ("_parameters", "_buffers"):
         twin.__dict__[name] = dict(module.__dict__[name])
     twin.__dict__["_modules"] = {k: None if m is None else bare(m, twins) for k, m in module._modules.items()}

@@ -86,7 +86,11 @@ def run(root: nn.Module) -> list[Tensor]:
     device = _device(root)
     unmoved = torch.random.fork_rng([device] if device.type == "cuda" else [])
     with torch.no_grad(), unmoved, pattern.no_autocast(device):
-        out = root(**_inputs(root))
+        return floats(root(**inputs(root)))
+
+
+def floats(out: Any) -> list[Tensor]:
+    """The floating tensors of a model's output."""
     values = list(out.values()) if isinstance(out, Mapping) else list(out) if isinstance(out, tuple) else [out]
     return [v for v in values if isinstance(v, Tensor) and v.is_floating_point()]
 
@@ -121,7 +125,8 @@ def _device(root: nn.Module) -> torch.device:
     return next((p.device for p in root.parameters()), torch.device("cpu"))
 
 
-def _inputs(root: Any) -> dict[str, Any]:
+def inputs(root: Any) -> dict[str, Any]:
+    """A short input: five tokens, or one image."""
     device = _device(root)
     dtype = next((p.dtype for p in root.parameters() if p.is_floating_point()), torch.float32)
     taken = inspect.signature(root.forward).parameters
@@ -131,14 +136,14 @@ def _inputs(root: Any) -> dict[str, Any]:
         pixels = torch.linspace(-1, 1, root.config.num_channels * height * width, dtype=torch.float32)
         return {"pixel_values": pixels.view(1, -1, height, width).to(device, dtype)}
     ids = torch.tensor([[7, 6, 5, 4, 3]], device=device) % max(8, getattr(root.config, "vocab_size", 8))
-    inputs: dict[str, Any] = {name: ids for name in root.dummy_inputs if name.endswith("input_ids")} or {
+    found: dict[str, Any] = {name: ids for name in root.dummy_inputs if name.endswith("input_ids")} or {
         "input_ids": ids
     }
     if "attention_mask" in taken and device.type != "meta":  # whether a mask masks anything, is read from its values
-        inputs["attention_mask"] = torch.tensor([[1, 1, 1, 1, 0]], device=device)
+        found["attention_mask"] = torch.tensor([[1, 1, 1, 1, 0]], device=device)
     if "use_cache" in taken:
-        inputs["use_cache"] = False
-    return inputs
+        found["use_cache"] = False
+    return found
 
 
 def _line(error: Exception) -> str:

@@ -5,6 +5,7 @@ A step's batch and dropout depend on `Seeds.do` and the step's number alone, ini
 
 from __future__ import annotations
 
+import functools
 import gc
 import math
 import random
@@ -23,7 +24,7 @@ import petune_kernels as pk
 from petune_kernels.regimes.structure import read
 
 from . import train
-from .data import chunks
+from .data import POOL, chunks
 from .encoded import Encoded, HeadOnly
 from .errors import InputError
 from .measure import peak_memory
@@ -52,15 +53,17 @@ class Recipe:
     """How to train; the defaults are mostly the second paper's.
 
     epochs or steps: one of them, for all stages together; a last smaller batch of an epoch counts. length: tokens, at
-    most. warmup: share of a stage's steps. weight_decay: of all that trains. clip: norm of all gradients.
-    evaluate_every: "epoch" or a number of steps. stop_on: "loss" or "metric" (the task's primary one) of the validation
-    part chooses the checkpoint; after `patience` evaluations without a better one training stops (None: never).
-    keep: "best" or "last". Checkpoints and patience belong to the last stage.
+    most. group_by_length: a batch holds rows of like length, which saves padding. warmup: share of a stage's steps.
+    weight_decay: of all that trains. clip: norm of all gradients. evaluate_every: "epoch" or a number of steps.
+    stop_on: "loss" or "metric" (the task's primary one) of the validation part chooses the checkpoint; after `patience`
+    evaluations without a better one training stops (None: never). keep: "best" or "last". Checkpoints and patience
+    belong to the last stage.
     """
 
     lr: float
     batch: int = 16
     length: int = 128
+    group_by_length: bool = False
     epochs: float | None = None
     steps: int | None = None
     warmup: float = 0.06
@@ -83,6 +86,7 @@ class Recipe:
         rules: list[tuple[str, bool, str]] = [
             ("lr", _is(self.lr, real) and 0 < self.lr < math.inf, "a number over 0"),
             ("batch", _is(self.batch, whole) and self.batch >= 1, "an int from 1"),
+            ("group_by_length", type(self.group_by_length) is bool, "true or false"),
             ("length", _is(self.length, whole) and self.length >= 2, "an int from 2"),
             ("epochs", self.epochs is None or _is(self.epochs, real) and 0 < self.epochs < math.inf, "over 0"),
             ("steps", self.steps is None or _is(self.steps, whole) and self.steps >= 1, "an int from 1"),
@@ -109,21 +113,21 @@ class Outcome:
 
     validation: loss and metrics at the selected checkpoint; test: metrics by test part, there too. history: one entry
     per evaluation (stage, step over all stages, train_loss since the last one, loss and metrics, seconds). stages:
-    name, trained scalars, steps, seconds. trained: scalars that train in the last stage, head included; total: those of
-    the pretrained model with its head. seconds: training and its evaluations, without loading and the test.
-    peak_bytes: resident (CPU) or allocated (GPU) memory while training; on a CPU that of the whole process.
-    failed: why the run gave no result (a loss that is not finite), with empty metrics. model: with keep_model,
-    unpatched and in evaluation mode.
+    name, trained (scalars that train, without the head's), head (those of the head), steps, seconds, and loaded_bytes
+    and peak_bytes: resident (CPU, the whole process) or allocated (GPU) memory before the stage's first step, with the
+    model loaded and patched, and at most while it trains. memory: how they were read. total: scalars of the pretrained
+    model with its head. seconds: everything from the loaded model to the trained one, patching and evaluations too;
+    without loading and the test. failed: why the run gave no result (a loss that is not finite), with empty metrics.
+    model: with keep_model, unpatched and in evaluation mode.
     """
 
     validation: dict[str, float]
     test: dict[str, dict[str, float]]
     history: list[dict[str, Any]]
     stages: list[dict[str, Any]]
-    trained: int
     total: int
     seconds: float
-    peak_bytes: int | None
+    memory: str
     failed: str | None = None
     model: nn.Module | None = None
 
@@ -148,7 +152,7 @@ def tune_once(
     """
     run = _Run(Path(folder), method, task, recipe, seeds, patched, dropout, torch.device(device), progress)
     try:
-        peak = peak_memory(run.train, run.device)
+        run.train()
         test = {name: run.evaluate(part)[1] for name, part in task.tests.items()} if run.failed is None else {}
     except (ValueError, pk.PatchError) as error:
         raise error if isinstance(error, InputError) else InputError(f"method {method.name!r}: {error}") from error
@@ -160,10 +164,9 @@ def tune_once(
         test=test,
         history=run.history,
         stages=run.stages,
-        trained=run.stages[-1]["trained"],
         total=run.total,
         seconds=run.seconds,
-        peak_bytes=peak.peak,
+        memory=run.memory,
         failed=run.failed,
         model=run.model.eval() if keep_model else None,
     )
@@ -195,6 +198,7 @@ class _Run:
             )
         self._data: dict[int, Encoded] = {}
         self.train_data = self._encoded(task.train)
+        self._encoded(task.validation)  # now, or the first evaluation's time would have it
         self.per_epoch = -(-len(task.train) // recipe.batch)
         self.steps = recipe.steps or max(1, round((recipe.epochs or 0) * self.per_epoch))
         if self.steps < len(self._plan):
@@ -204,13 +208,16 @@ class _Run:
         self.stages: list[dict[str, Any]] = []
         self.selected: dict[str, float] = {}
         self.failed: str | None = None
-        self.seconds, self.total, self._done = 0.0, 0, 0
+        self.seconds, self.total, self.memory = 0.0, 0, ""
+        self._loading, self._done = 0.0, 0
         self._head: HeadOnly | None = None
 
     def load(self) -> nn.Module:
-        dtype = train.DTYPES[self.recipe.dtype]
+        start, dtype = time.perf_counter(), train.DTYPES[self.recipe.dtype]
         labels, wi = self.task.labels, self.seeds.wi
-        return train.load_model(self._folder, labels, wi, dtype, self.device, self._dropout)
+        model = train.load_model(self._folder, labels, wi, dtype, self.device, self._dropout)
+        self._loading += time.perf_counter() - start
+        return model
 
     def train(self) -> None:
         first: nn.Module | None = self.load()
@@ -219,7 +226,7 @@ class _Run:
         setting = Setting(self.load, self.seeds.wi, self._losses, read(first).head, first)
         del first
         batches = self._batches()
-        start = time.perf_counter()
+        start, self._loading = time.perf_counter(), 0.0
         for i, stage in enumerate(self._plan):
             last = i == len(self._plan) - 1
             left = self.steps - self._done
@@ -235,10 +242,13 @@ class _Run:
             self.model.train()
             if stage.head_only and not self._dropout:
                 self._head = HeadOnly.of(self.model, setting.head, self.train_data, self.recipe.batch)
-            self._stage(stage, around, steps, batches, setting.head, last, start)
+            work = functools.partial(self._stage, stage, around, steps, batches, setting.head, last, start)
+            peak = peak_memory(work, self.device)
+            self.stages[-1] |= {"loaded_bytes": peak.before, "peak_bytes": peak.peak}
+            self.memory = peak.method
             if self.failed:
                 break
-        self.seconds = time.perf_counter() - start
+        self.seconds = time.perf_counter() - start - self._loading
 
     def _stage(
         self, stage: Stage, around: Any, steps: int, batches: Iterator[list[int]], head: tuple[str, ...], last: bool,
@@ -248,16 +258,15 @@ class _Run:
         recipe, model, began = self.recipe, self.model, time.perf_counter()
         trained = [p for p in model.parameters() if p.requires_grad]
         rate = stage.lr or recipe.lr
-        groups = [(trained, rate)]
-        if stage.head_lr is not None:
-            of_head = {id(p) for p in head_of(model, head).values()}
-            heads, others = ([p for p in trained if (id(p) in of_head) == own] for own in (True, False))
-            groups = [(heads, stage.head_lr), (others, rate)]
+        of_head = {id(p) for p in head_of(model, head).values()}
+        heads, others = ([p for p in trained if (id(p) in of_head) == own] for own in (True, False))
+        groups = [(trained, rate)] if stage.head_lr is None else [(heads, stage.head_lr), (others, rate)]
         updates = train.Updates(
             groups, steps, recipe.warmup, recipe.clip,
             betas=recipe.betas, eps=recipe.eps, weight_decay=recipe.weight_decay,
         )  # fmt: skip
-        report = {"name": stage.name, "trained": sum(p.numel() for p in trained), "steps": 0, "seconds": 0.0}
+        sizes = {"trained": sum(p.numel() for p in others), "head": sum(p.numel() for p in heads)}
+        report: dict[str, Any] = {"name": stage.name, **sizes, "steps": 0, "seconds": 0.0}
         self.stages.append(report)
         best, stale, kept, losses = math.inf, 0, list[Tensor](), list[float]()
         every = self.per_epoch if recipe.evaluate_every == "epoch" else int(recipe.evaluate_every)
@@ -304,7 +313,7 @@ class _Run:
         loss, metrics = self.evaluate(self.task.validation)
         found = {"loss": loss} | metrics
         past = {"stage": stage.name, "step": self._done, "train_loss": sum(losses) / len(losses)}
-        self.history.append(past | found | {"seconds": time.perf_counter() - start})
+        self.history.append(past | found | {"seconds": time.perf_counter() - start - self._loading})
         if not math.isfinite(loss):
             self.failed = f"the validation loss after step {self._done} is {loss}"
         return found
@@ -316,7 +325,7 @@ class _Run:
         data, training = self._encoded(part), self.model.training
         self.model.eval()
         outputs, total = list[Tensor](), 0.0
-        order = data.by_length()
+        order = data.by_length(range(len(data)))
         for rows in chunks(order, self.recipe.batch):
             logits = self._logits(data, rows)
             total += self._loss(logits, data.labels(rows)).item() * len(rows)
@@ -352,12 +361,22 @@ class _Run:
             yield lambda rows=rows, step=step: loss(rows, step)  # type: ignore[misc]
 
     def _batches(self) -> Iterator[list[int]]:
-        """Rows of batches without end, reshuffled every epoch; the last one of an epoch may be smaller."""
-        shuffle = random.Random(self.seeds.do)
+        """Rows of batches without end, reshuffled every epoch, one of which may be smaller (as a rule the last).
+
+        With group_by_length the rows of POOL batches together are sorted by length and cut into batches, whose order
+        is shuffled again.
+        """
+        shuffle, size = random.Random(self.seeds.do), self.recipe.batch
         order = list(range(len(self.task.train)))
         while True:
             shuffle.shuffle(order)
-            yield from chunks(list(order), self.recipe.batch)
+            if not self.recipe.group_by_length:
+                yield from chunks(list(order), size)
+                continue
+            for pool in chunks(list(order), POOL * size):
+                batches = list(chunks(self.train_data.by_length(pool), size))
+                shuffle.shuffle(batches)
+                yield from batches
 
     def _encoded(self, part: Examples) -> Encoded:
         if id(part) not in self._data:

@@ -18,23 +18,24 @@ from .common import finish, keep_tile, nothing, processors, serve, threshold
 
 
 @triton.jit
-def _small(pointer, group, col, H: tl.constexpr, MANY: tl.constexpr):
-    """A small parameter beside rows: one row for all of them, or the row of each one's replica."""
-    at = group * H + col if MANY else col
+def _small(pointer, group, col, H: tl.constexpr, STEP: tl.constexpr):
+    """A small parameter beside rows: one row for all of them (STEP 0), or the row of each one's replica, STEP apart."""
+    at = group * STEP + col if STEP else col
     return tl.load(pointer + at, mask=col < H, other=0.0).to(tl.float32)
 
 
 @triton.jit(do_not_specialize=["limit"])
 def forward_kernel(
     x, bias, residual, gamma, beta, seed, y, z, xhat, rstd, T, rows_per_group, rows_per_seed, limit, keep, eps,
-    H: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, RMS: tl.constexpr, MANY: tl.constexpr,
+    H: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, RMS: tl.constexpr, BIAS_STEP: tl.constexpr,
+    GAMMA_STEP: tl.constexpr, BETA_STEP: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     col = tl.arange(0, BLOCK)[None, :]
     inside, at, group = (row < T) & (col < H), row * H + col, row // rows_per_group
     value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
     if bias is not None:
-        value += _small(bias, group, col, H, MANY)
+        value += _small(bias, group, col, H, BIAS_STEP)
     if seed is not None:
         # rows of one program may belong to different seeds; the key broadcasts over the row
         key = tl.load(seed + row // rows_per_seed, mask=row < T, other=0)
@@ -53,9 +54,9 @@ def forward_kernel(
     if xhat is not None:
         tl.store(xhat + at, out, mask=inside)
     if gamma is not None:
-        out *= _small(gamma, group, col, H, MANY)
+        out *= _small(gamma, group, col, H, GAMMA_STEP)
     if beta is not None:
-        out += _small(beta, group, col, H, MANY)
+        out += _small(beta, group, col, H, BETA_STEP)
     tl.store(y + at, out, mask=inside)
 
 
@@ -70,6 +71,11 @@ def _many(*params: Tensor | None) -> int:
     return max((p.shape[0] for p in params if p is not None and p.dim() == 2), default=1)
 
 
+def _step(param: Tensor | None) -> int:
+    """From one replica's values to the next one's; 0 where there is one for all."""
+    return param.shape[1] if param is not None and param.dim() == 2 and param.shape[0] > 1 else 0
+
+
 def residual_norm(x, bias, residual, gamma, beta, seed, p, eps, rms, want_z, want_xhat):
     serve("residual_norm", x)
     T, H = x.shape
@@ -82,7 +88,7 @@ def residual_norm(x, bias, residual, gamma, beta, seed, p, eps, rms, want_z, wan
         forward_kernel[(triton.cdiv(T, rows),)](
             x, bias, residual, gamma, beta, seed, y, z, xhat, rstd, T, T // G,
             T // (1 if seed is None else seed.numel()), threshold(p), 1.0 / (1.0 - p), eps, H=H, BLOCK=block,
-            ROWS=rows, RMS=rms, MANY=G > 1, num_warps=warps,
+            ROWS=rows, RMS=rms, BIAS_STEP=_step(bias), GAMMA_STEP=_step(gamma), BETA_STEP=_step(beta), num_warps=warps,
         )  # fmt: skip
     return y, nothing(x) if z is None else z, nothing(x) if xhat is None else xhat, rstd
 
@@ -100,15 +106,15 @@ def _add(total, partial, value, mask, IN_MEMORY: tl.constexpr):
 def backward_kernel(
     dy, dz, row_saved, rstd, gamma, beta, seed, dresidual, dx, dbias, dgamma, dbeta, rows_per_group, rows_per_seed,
     limit, keep, H: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, RMS: tl.constexpr, KIND: tl.constexpr,
-    IN_MEMORY: tl.constexpr,
+    GAMMA_STEP: tl.constexpr, BETA_STEP: tl.constexpr, IN_MEMORY: tl.constexpr,
 ):  # fmt: skip
     group, col = tl.program_id(1).to(tl.int64), tl.arange(0, BLOCK)[None, :]
     inside_row = col < H
     scale, shift = 1.0, 0.0
     if gamma is not None:
-        scale = tl.load(gamma + group * H + col, mask=inside_row, other=1.0).to(tl.float32)
+        scale = tl.load(gamma + group * GAMMA_STEP + col, mask=inside_row, other=1.0).to(tl.float32)
     if KIND == 2 and beta is not None:
-        shift = tl.load(beta + group * H + col, mask=inside_row, other=0.0).to(tl.float32)
+        shift = tl.load(beta + group * BETA_STEP + col, mask=inside_row, other=0.0).to(tl.float32)
     # partials [program, group, H]
     part = (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + group) * H + col
     sum_bias = tl.zeros([ROWS, BLOCK], tl.float32)
@@ -183,7 +189,7 @@ def residual_norm_backward(
                 backward_kernel[(programs, G)](
                     dy, dz, row, rstd, gamma, beta, seed, *outputs, T // G, T // (1 if seed is None else seed.numel()),
                     threshold(p), 1.0 / (1.0 - p), H=H, BLOCK=block, ROWS=rows, RMS=rms, KIND=row_kind,
-                    IN_MEMORY=in_memory, num_warps=warps,
+                    GAMMA_STEP=_step(gamma), BETA_STEP=_step(beta), IN_MEMORY=in_memory, num_warps=warps,
                 )  # fmt: skip
         for partial, out in zip(parts, small, strict=True):
             if partial is not None and out is not None:

@@ -23,10 +23,10 @@ def _struct(name: str, fields: str) -> type[ctypes.Structure]:
 # The structs of csrc/common/ops.h; Emulator checks their sizes.
 STRUCTS = {
     "ResidualNorm": "T:i64 H:i64 G:i64 seeds:i64 dtype:int param_dtype:int x:ptr bias:ptr residual:ptr gamma:ptr "
-    "beta:ptr seed:ptr p:f64 eps:f64 rms:bool y:ptr z:ptr xhat:ptr rstd:ptr",
+    "beta:ptr seed:ptr p:f64 eps:f64 rms:bool y:ptr z:ptr xhat:ptr rstd:ptr shared:int",
     "ResidualNormBackward": "T:i64 H:i64 G:i64 seeds:i64 dtype:int param_dtype:int dy:ptr dz:ptr row:ptr rstd:ptr "
     "gamma:ptr beta:ptr seed:ptr p:f64 rms:bool row_kind:int dresidual:ptr dx:ptr dbias:ptr dgamma:ptr dbeta:ptr "
-    "workspace:ptr",
+    "workspace:ptr shared:int",
     "BiasAct": "T:i64 N:i64 G:i64 dtype:int param_dtype:int u:ptr bias:ptr gate:ptr act:int h:ptr code:ptr",
     "BiasActBackward": "T:i64 N:i64 G:i64 dtype:int param_dtype:int dh:ptr u:ptr bias:ptr gate:ptr "
     "code:ptr act:int du:ptr dbias:ptr dgate:ptr workspace:ptr",
@@ -45,6 +45,12 @@ def _new(like: torch.Tensor, wanted: bool = True, shape=None, dtype=None) -> tor
 
 def _groups(*params: torch.Tensor | None) -> int:
     return max([p.shape[0] for p in params if p is not None and p.dim() == 2], default=1)
+
+
+def _shared(*params: torch.Tensor | None) -> int:
+    """Bits of ops.h's Shared: parameters without the replica axis that others have."""
+    G = _groups(*params)
+    return sum(1 << i for i, p in enumerate(params) if p is not None and G > 1 and p.dim() == 1)
 
 
 class Emulator:
@@ -87,6 +93,7 @@ class Emulator:
             "residual_norm", "ResidualNorm", **self._common(x, bias, gamma, beta), H=x.shape[1],
             G=_groups(bias, gamma, beta), seeds=seeds, x=x, bias=bias, residual=residual, gamma=gamma,
             beta=beta, seed=seed, p=p, eps=eps, rms=rms, y=y, z=z, xhat=xhat, rstd=rstd,
+            shared=_shared(bias, gamma, beta),
         )  # fmt: skip
         return y, z, xhat, rstd
 
@@ -104,7 +111,7 @@ class Emulator:
             "residual_norm_backward", "ResidualNormBackward", self.runs, **self._common(dy, bias, gamma, beta),
             H=dy.shape[1], G=_groups(bias, gamma, beta), seeds=seeds, dy=dy, dz=dz, row=row, rstd=rstd,
             gamma=gamma, beta=beta, seed=seed, p=p, rms=rms, row_kind=row_kind, dresidual=dresidual, dx=dx,
-            dbias=dbias, dgamma=dgamma, dbeta=dbeta,
+            dbias=dbias, dgamma=dgamma, dbeta=dbeta, shared=_shared(bias, gamma, beta),
         )  # fmt: skip
         return dresidual, dx, dbias, dgamma, dbeta
 

@@ -103,15 +103,21 @@ def test_residual_norm(dtype, shape, rms):
     run_residual_norm(dtype, shape, rms, some=shape[1] != 30)
 
 
+@pytest.mark.parametrize("shared", [("gamma",), ("bias", "beta")], ids=str)
+def test_residual_norm_of_replicas_that_share_parameters(shared):
+    run_residual_norm(torch.float32, (12, 40, 3, 3), False, shared=shared)
+
+
 @pytest.mark.parametrize("rms, count", [(False, 1), (True, 0)])
 def test_residual_norm_wide_rows(rms, count):
     """Rows whose column sums do not fit in registers."""
     run_residual_norm(torch.float32, (9, 4100, 1, count), rms)
 
 
-def run_residual_norm(dtype, shape, rms, some=True):
+def run_residual_norm(dtype, shape, rms, some=True, shared=()):
     T, H, G, count = shape
     made = norm_problem(T, H, dtype, G, some=some, affine=dtype if G == 1 else torch.float32)
+    made |= {k: made[k][0] for k in shared}
     seed, p = (seeds(11, -3, 2**50)[:count], 0.3) if count else (None, 0.0)
     args = (*made.values(), seed, p, 1e-5, rms, True, True)
     got, want = t_norm.residual_norm(*args), reference.residual_norm(*args)
@@ -119,7 +125,7 @@ def run_residual_norm(dtype, shape, rms, some=True):
     close(got[3], want[3], torch.float32)
     y, z, xhat, rstd = want
     dy, dz = randn(T, H, dtype=dtype), randn(T, H, dtype=dtype)
-    small = [made[k] is not None for k in ("bias", "gamma", "beta")]
+    small = [made[k] is not None and k not in shared for k in ("bias", "gamma", "beta")]
     for kind, row in enumerate((xhat, z, y)):
         back = (
             dy, dz if kind == 1 else None, row, rstd, made["bias"], made["gamma"], made["beta"], seed, p, rms, kind,

@@ -71,12 +71,16 @@ def close(name: str, ours: torch.Tensor | None, exact: torch.Tensor, dtype: torc
 
 def check_residual_norm(
     emulator, T, H, G=1, dtype=F32, param=None, rms=LN, bias=True, residual=True, gamma=True, beta=True, n_seeds=None,
-    p=0.3, want_z=True, want_xhat=True, want=(True,) * 5, kinds=(0, 1, 2), dz=True,
+    p=0.3, want_z=True, want_xhat=True, want=(True,) * 5, kinds=(0, 1, 2), dz=True, shared=(),
 ):  # fmt: skip
     """Forward and backward from every kind of saved row against the reference in float64."""
     param = param or dtype
     x, residual = rand(T, H, dtype=dtype), rand(T, H, dtype=dtype) + 0.5 if residual else None
-    bias, gamma, beta = (small(G, H, param) if there else None for there in (bias, gamma, beta))
+    bias, gamma, beta = (
+        small(1 if name in shared else G, H, param) if there else None
+        for name, there in (("bias", bias), ("gamma", gamma), ("beta", beta))
+    )
+    want = [w and n not in shared for w, n in zip(want, ("dresidual", "dx", "bias", "gamma", "beta"), strict=True)]
     seed = None if n_seeds is None else seeds(n_seeds)
     want = [w and (i < 2 or (bias, gamma, beta)[i - 2] is not None) for i, w in enumerate(want)]
     args = (x, bias, residual, gamma, beta, seed, p, 1e-5, rms)
@@ -113,6 +117,12 @@ def test_residual_norm_replicas(emulator, G):
     for (H, dtype), n_seeds, multiprocessors in itertools.product(widths, {1, G, 23}, (1, 7)):
         emulator.configure(multiprocessors=multiprocessors)
         check_residual_norm(emulator, 69, H, G, dtype, n_seeds=n_seeds, kinds=(0,))
+
+
+@pytest.mark.parametrize("shared", (("gamma",), ("bias", "beta")), ids=str)
+def test_residual_norm_of_replicas_that_share_parameters(emulator, shared):
+    for H, dtype in ((40, BF16), (31, F32), (8200, BF16)):
+        check_residual_norm(emulator, 12, H, 3, dtype, n_seeds=3, shared=shared)
 
 
 @pytest.mark.parametrize("dtype", (BF16, F16))

@@ -96,6 +96,25 @@ def test_mask_is_the_reference_mask_bit_for_bit(shape: tuple[int, ...]) -> None:
             assert torch.equal(o != 0, keep[..., start : start + D])
 
 
+@pytest.mark.parametrize("backend", ("reference", "cpu"))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_seed_a_replica_is_each_replica_alone(dtype: torch.dtype, backend: str) -> None:
+    """G runs of the batch with a seed each: every replica's results are those of its own rows alone, bit for bit."""
+    G, shape = 3, (6, 2, 37, 53, 24)
+    qkv, do, seed = make(shape, dtype), torch.randn(6, 2, 37, 24, dtype=dtype), torch.randint(2**62, (G,))
+    mask = masks(shape, dtype)["padding"]
+    assert mask is not None
+    with pk.backend(backend):
+        o = attention(*qkv, mask, P, causal=True, seed=seed)
+        grads = torch.autograd.grad(o, qkv, do)
+        for g in range(G):
+            rows = slice(2 * g, 2 * g + 2)
+            own = tuple(t[rows].detach().requires_grad_() for t in qkv)
+            alone = attention(*own, mask[rows], P, causal=True, seed=seed[g : g + 1])
+            expected = torch.autograd.grad(alone, own, do[rows])
+            assert all(torch.equal(a[rows], b) for a, b in zip((o, *grads), (alone, *expected), strict=True))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("seeing", ("nothing", "finfo.min"))
 def test_rows_whose_every_column_is_masked(dtype: torch.dtype, seeing: str) -> None:
@@ -267,7 +286,7 @@ def test_opcheck(dtype: torch.dtype) -> None:
     q, k, v = (t.detach() for t in make((2, 2, 6, 7, 8), dtype))
     checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     mask = torch.zeros(2, 1, 1, 7, dtype=dtype).expand(2, 2, 6, 7)
-    for extra in ((mask, torch.tensor([3])), (None, None)):
+    for extra in ((mask, torch.tensor([3])), (mask, torch.tensor([3, 4])), (None, None)):
         args = (q, k, v, *extra, P, 0.3, False)
         o = torch.ops.petune.attention(*args)
         torch.library.opcheck(torch.ops.petune.attention, args, test_utils=checks)
@@ -344,6 +363,7 @@ BAD = {
     "p = 1": (lambda q, k, v: attention(q, k, v, p=1.0), ValueError, r"p is 1.0; accepted is a probability"),
     "a seed of floats": (lambda q, k, v: attention(q, k, v, p=0.1, seed=torch.ones(1)), TypeError, "seed is"),
     "two seeds": (lambda q, k, v: attention(q, k, v, p=0.1, seed=torch.tensor([1, 2])), ValueError, "seed has 2"),
+    "no seed": (lambda q, k, v: attention(q, k, v, p=0.1, seed=torch.tensor([]).long()), ValueError, "seed has 0"),
 }  # fmt: skip
 
 

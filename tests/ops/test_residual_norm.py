@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import petune_kernels as pk
 from petune_kernels import reference
+from petune_kernels.ops import _saving as saving
 from petune_kernels.ops.residual_norm import residual_norm
 from petune_kernels.schema import ROW_XHAT, ROW_Y, ROW_Z
 
@@ -116,6 +117,31 @@ def test_every_subset_of_inputs_and_gradients(shape: tuple[int, int], present: t
 
 def call(t: dict[str, Tensor | None], seed: Tensor) -> Tensor:
     return residual_norm(t["x"], t["gamma"], t["beta"], bias=t["bias"], residual=t["residual"], p=P, eps=EPS, seed=seed)
+
+
+@pytest.mark.parametrize("frozen", (True, False))
+@pytest.mark.parametrize("shared", list(itertools.product((False, True), repeat=3))[1:-1], ids=str)
+def test_replicas_may_share_some_parameters(shared: tuple[bool, ...], frozen: bool) -> None:
+    """[H] beside [G, H] is as if every replica had it; while it trains, its gradient is the sum of theirs."""
+    G, T, H = 3, 12, 50
+    t, seed, dy = make(T, H, torch.float32, G), torch.tensor([1, 2, 3]), torch.randn(T, H)
+    whole = {n: v.detach() for n, v in t.items()}
+    for n, one in zip(NAMES[2:], shared, strict=True):
+        whole[n] = whole[n][:1].expand(G, H).contiguous() if one else whole[n]
+        t[n] = whole[n][0].clone().requires_grad_(not frozen) if one else t[n]
+    own = {n: v.requires_grad_(True) for n, v in whole.items()}
+    expected = call(own, seed)
+    for backend in ("reference", "cpu"):
+        with pk.backend(backend):
+            y = call(t, seed)
+            torch.testing.assert_close(y, expected, rtol=2e-5, atol=2e-5)
+            if isinstance(again := saving.known(y), saving.Recipe):
+                torch.testing.assert_close(again.again(iter(list(again.leaves()))), y, rtol=2e-5, atol=2e-5)
+            trained = [n for n in NAMES if t[n].requires_grad]
+            found = torch.autograd.grad(y, [t[n] for n in trained], dy)
+            for n, d in zip(trained, found, strict=True):
+                (exact,) = torch.autograd.grad(expected, own[n], dy, retain_graph=True)
+                torch.testing.assert_close(d, exact.sum(0) if exact.dim() > d.dim() else exact, rtol=1e-4, atol=1e-4)
 
 
 def test_only_the_stream_z_reaches_the_loss() -> None:
@@ -339,7 +365,7 @@ BAD = {
     "eps < 0": (lambda t: residual_norm(t, eps=-1.0), ValueError, "eps is -1.0"),
     "two devices": (lambda t: residual_norm(t, torch.ones(8, device="meta")), ValueError, "gamma is on meta"),
     "replicas": (lambda t: residual_norm(t, torch.ones(3, 8)), ValueError, "3 replicas, which does not divide the 4"),
-    "differing replicas": (lambda t: residual_norm(t, torch.ones(2, 8), torch.ones(8)), ValueError, "must agree"),
+    "differing replicas": (lambda t: residual_norm(t, torch.ones(2, 8), torch.ones(4, 8)), ValueError, "must agree"),
     "a seed of floats": (lambda t: residual_norm(t, p=0.1, seed=torch.ones(1)), TypeError, "seed is"),
     "too many seeds": (lambda t: residual_norm(t, p=0.1, seed=torch.tensor([1, 2, 3])), ValueError, "seed has 3"),
     "no width": (lambda t: residual_norm(torch.ones(4, 0)), ValueError, "must not be empty"),

@@ -1,0 +1,247 @@
+"""What `replicate` takes and refuses, and how it leaves a model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+
+import petune_kernels as pk
+
+from .runs import QV, data, init, make, unlabelled
+
+
+def condition(model: nn.Module) -> list[Any]:
+    """All that a refusal must leave alone."""
+    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+    return [
+        [(n, id(p), p.requires_grad, p._version) for n, p in model.named_parameters()],
+        [(n, id(m), sorted(m.__dict__), id(m.__dict__.get("forward")), m.training) for n, m in model.named_modules()],
+        [getattr(c, "_attn_implementation_internal", None) for c in configs.values()],
+        torch.get_rng_state().tolist(),
+    ]
+
+
+class OwnDropout(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(x, 0.1, self.training)
+
+
+class Mixer(nn.Module):
+    """A norm with a gate, whose forward nobody knows."""
+
+    def __init__(self, norm: nn.LayerNorm):
+        super().__init__()
+        self.norm = norm
+        self.weight = nn.Parameter(torch.ones(norm.normalized_shape))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x) * self.weight
+
+
+class OverBatch(nn.Linear):
+    """Sees the whole batch: replicas would not be alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x - x.mean(0))
+
+
+def refused_model(case: str) -> nn.Module:
+    model: Any = make("bert", "full" if case == "full" else "layernorm")
+    if case == "random":
+        pk.tune(model, "random", fraction=0.01)
+    if case == "own dropout":
+        model.dropout = OwnDropout()
+    if case == "unknown module":
+        model.bert.embeddings.LayerNorm = Mixer(model.bert.embeddings.LayerNorm)
+    if case == "over the batch":
+        dense = model.bert.pooler.dense
+        model.bert.pooler.dense = OverBatch(dense.in_features, dense.out_features)
+        model.bert.pooler.dense.requires_grad_(False)
+    if case == "a replaced forward":
+        model.classifier.forward = model.classifier.forward
+    if case == "nothing trains":
+        model.requires_grad_(False)
+    if case == "lora on an embedding":
+        model = get_peft_model(model, LoraConfig(r=2, target_modules=["word_embeddings"], task_type="SEQ_CLS"))
+    return model
+
+
+REFUSED = {
+    "full": "word_embeddings.weight trains, but an embedding with a padding row",
+    "random": "_sampled trains, but the forward of .* is not known to read it",
+    "own dropout": r"dropout \(OwnDropout.*torch's own random numbers in training",
+    "unknown module": "LayerNorm.weight trains, but the forward of Mixer takes no replica axis",
+    "over the batch": "replica 0 of 2 is not what it is alone",
+    "a replaced forward": "classifier.weight trains, but the forward of this Linear was replaced",
+    "nothing trains": "no parameter requires a gradient",
+    "lora on an embedding": "lora_embedding_A.* trains, but",
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+@pytest.mark.parametrize("patched", (None, "exact", "checkpoint"))
+def test_a_refusal_leaves_the_model_as_it_was(case: str, patched: str | None) -> None:
+    model = refused_model(case)
+    if patched:
+        pk.patch(model, memory=patched)
+    before = condition(model)
+    with pytest.raises(pk.ReplicaError, match=REFUSED[case]):
+        pk.replicate(model, [0, 1], init=init)
+    assert condition(model) == before
+
+
+def test_an_init_that_fails_leaves_the_model_as_it_was() -> None:
+    model = make("bert", "layernorm")
+    before = condition(model)
+
+    def fails(model: nn.Module, wi: int) -> None:
+        init(model, wi)
+        if wi == 1:
+            raise RuntimeError("no such luck")
+
+    with pytest.raises(RuntimeError, match="no such luck"):
+        pk.replicate(model, [0, 1], init=fails)
+    after = condition(model)
+    assert [x[:3] for x in after[0]] == [x[:3] for x in before[0]] and after[1:] == before[1:]
+
+
+@pytest.mark.parametrize("patched", (None, "exact", "checkpoint"))
+def test_release_gives_the_model_back(patched: str | None) -> None:
+    model = make("roberta", "bitfit")
+    if patched:
+        pk.patch(model, memory=patched)
+    own, before = dict(model.named_parameters()), condition(model)
+    values = {n: p.detach().clone() for n, p in own.items()}
+    runs = pk.replicate(model, [0, 1], init=init)
+    assert condition(model) != before
+    runs.release()
+    assert condition(model)[1:] == before[1:] and all(p is own[n] for n, p in model.named_parameters())
+    assert all(torch.equal(p, values[n]) for n, p in model.named_parameters())
+    runs = pk.replicate(model, [0, 1], init=init)
+    runs.release(1)
+    for name, p in runs.named_parameters(1).items():
+        assert torch.equal(p, own[name]) and not torch.equal(p, values[name])
+    with pytest.raises(pk.ReplicaError, match="released"):
+        runs.replica(0)
+
+
+def test_frozen_parameters_stay_the_same_objects() -> None:
+    model = make("bert", "bitfit")
+    frozen = {n: p for n, p in model.named_parameters() if not p.requires_grad}
+    runs = pk.replicate(model, range(4), init=init)
+    now = dict(model.named_parameters())
+    assert all(now[n] is p for n, p in frozen.items())
+    assert {n: tuple(p.shape[1:]) for n, p in now.items() if p.requires_grad} == {
+        n: tuple(p.shape) for n, p in runs.named_parameters(0).items()
+    }
+    for g in range(4):
+        for name, p in runs.named_parameters(g).items():
+            assert p.data_ptr() == now[name][g].data_ptr()
+
+
+@pytest.mark.parametrize("family", QV)
+@pytest.mark.parametrize("regime", ("layernorm", "lora", "prefix"))
+def test_draw_gives_each_seed_its_own_head_and_adapters(family: str, regime: str) -> None:
+    model = make(family, regime)
+    pretrained = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    runs = pk.replicate(model, [(4, 0), (5, 0), (4, 1)])
+    for name, p in runs.named_parameters(0).items():
+        q, again = runs.named_parameters(1)[name], runs.named_parameters(2)[name]
+        assert torch.equal(p, again), name
+        drawn = "Norm" not in name and "norm" not in name and "bias" not in name and "lora_B" not in name
+        assert torch.equal(p, q) != drawn, name
+        if "orm" in name:
+            assert torch.equal(p, pretrained[name])
+    alone = pk.replicate(make(family, regime), [(5, 9)])
+    for name, p in alone.named_parameters(0).items():
+        assert torch.equal(p, runs.named_parameters(1)[name])
+    kept = pk.replicate(make(family, regime), [1, 2], init="keep")
+    assert all(torch.equal(p, pretrained[n]) for g in (0, 1) for n, p in kept.named_parameters(g).items())
+
+
+def test_draw_refuses_what_it_cannot_draw() -> None:
+    model = make("bert", "frozen")
+    model = get_peft_model(model, LoraConfig(r=2, init_lora_weights="pissa", target_modules=QV["bert"]))
+    with pytest.raises(pk.ReplicaError, match="init_lora_weights='pissa'"):
+        pk.replicate(model, [0])
+    assert pk.replicate(model, [0, 1], init="keep").active == (0, 1)
+
+
+def test_load_sets_values_and_names_what_does_not_fit() -> None:
+    runs = pk.replicate(make("bert", "layernorm"), [0, 1], init=init)
+    value = torch.arange(3.0)
+    runs.load(1, {"classifier.bias": value})
+    assert torch.equal(dict(runs.model.named_parameters())["classifier.bias"][1], value)
+    with pytest.raises(ValueError, match="'classifier.bais' does not train"):
+        runs.load(1, {"classifier.bais": value})
+    with pytest.raises(ValueError, match=r"classifier.bias has shape \(2,\); accepted is \(3,\)"):
+        runs.load(1, {"classifier.bias": value[:2]})
+
+
+def test_a_call_that_would_mix_replicas_is_refused() -> None:
+    model: Any = make("bert", "layernorm")
+    runs, inputs = pk.replicate(model, [0, 1], init=init), next(data("bert", 0))
+    whole = runs.repeat(inputs)
+    with pytest.raises(ValueError, match="labels are given"):
+        model(**whole)
+    with pytest.raises(ValueError, match="the batch has 3 rows; accepted is a multiple of the 2"):
+        model(**unlabelled(inputs))
+    shorter = {k: v[:, :5] for k, v in unlabelled(inputs).items()}
+    with pytest.raises(ValueError, match=r"stack: input_ids has the shapes \[\(3, 5\), \(3, 9\)\]; pad them alike"):
+        runs.stack([unlabelled(inputs), shorter])
+    with pytest.raises(ValueError, match="stack: 1 batches; accepted is one for each of 2"):
+        runs.stack([inputs])
+    model.gradient_checkpointing_enable()
+    with pytest.raises(pk.ReplicaError, match="gradient checkpointing"):
+        model.train()(**unlabelled(whole))
+    model.gradient_checkpointing_disable()
+    runs.stop(0)
+    assert runs.active == (1,) and model(**unlabelled(inputs)).logits.shape == (3, 3)
+    for misuse in (runs.stop, lambda g: runs.manual_seed(g, 0)):
+        with pytest.raises(pk.ReplicaError, match="replica 0 was stopped"):
+            misuse(0)
+    with pytest.raises(IndexError, match="replica 7; there are 0 to 1"):
+        runs.parameters(7)
+    runs.stop(1)
+    with pytest.raises(pk.ReplicaError, match="no replica is left"):
+        model(**unlabelled(inputs))
+
+
+def test_packing_again_and_unpatching_are_refused() -> None:
+    model: Any = make("llama", "layernorm")
+    runs = pk.replicate(model, [0, 1], init=init)
+    with pytest.raises(pk.ReplicaError, match="is it packed already"):
+        pk.replicate(model, [0, 1])
+    with pytest.raises(pk.PatchError, match="the forward of score was replaced after patching"):
+        pk.unpatch(model)
+    del model.model.norm.forward
+    with pytest.raises(pk.ReplicaError, match="replaced or taken off since"):
+        model(**runs.repeat(unlabelled(next(data("llama", 0)))))
+
+
+BAD_SEEDS = {
+    "none": ([], "seeds is empty"),
+    "negative": ([-1], "seeds has -1"),
+    "three": ([(1, 2, 3)], r"seeds has \(1, 2, 3\)"),
+    "text": (["a"], "seeds has 'a'"),
+    "a flag": ([True], "seeds has True"),
+    "a float": ([(1, 2.0)], "seeds has"),
+}
+
+
+@pytest.mark.parametrize("seeds,message", BAD_SEEDS.values(), ids=BAD_SEEDS.keys())
+def test_seeds_that_are_none_are_named(seeds: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        pk.replicate(make("bert", "frozen"), seeds)
+
+
+def test_other_arguments_are_named() -> None:
+    with pytest.raises(TypeError, match="model is str"):
+        pk.replicate("bert", [0])  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="init is 'random'; accepted are 'draw', 'keep'"):
+        pk.replicate(make("bert", "frozen"), [0], init="random")
