@@ -44,21 +44,25 @@ def set_level(model: nn.Module, level: str, attending: Iterable[nn.Module], seen
     attending: the modules that call the attention op. seen: the model's trace.
     """
     ours = [m for m in model.modules() if pattern.bound(m) and not pattern.foreign_forward(m)]
-    for module in filter(pattern.framed, ours):
-        pattern.unframe(module)
     blocks = [m for m in ours if pattern.pattern_of(m) == mlp.PATTERN.name]
-    for block in blocks:
-        pattern.bind(block, mlp.PATTERN, {**pattern.bound_parts(block), "coded": level == "coded"})
-    if level in ("exact", "coded"):
-        return len(blocks)
-    whole = level == "checkpoint"
     layers = [m for m in model.modules() if _is_layer(m) and not pattern.foreign_forward(m)]
-    chosen = layers if whole else [*attending, *blocks]
-    for module in chosen:
-        pattern.frame(module, _layer if whole else _part)
-    for last in [last for layer in layers if whole for last in _last(layer, seen)]:
-        pattern.frame(last, _kept)
-    return len(chosen)
+    frames: dict[nn.Module, Callable[..., Any]] = {}
+    if level == "recompute":
+        frames = dict.fromkeys([*attending, *blocks], _part)
+    if level == "checkpoint":
+        frames = dict.fromkeys(layers, _layer) | dict.fromkeys([m for each in layers for m in _last(each, seen)], _kept)
+    for module in filter(pattern.framed, ours):
+        if pattern.around(module) is frames.get(module):
+            del frames[module]
+        else:
+            pattern.unframe(module)
+    for block in blocks:
+        parts = pattern.bound_parts(block)
+        if parts["coded"] != (level == "coded"):
+            pattern.bind(block, mlp.PATTERN, {**parts, "coded": level == "coded"})
+    for module, around in frames.items():
+        pattern.frame(module, around)
+    return len(blocks if level == "coded" else layers if level == "checkpoint" else [*attending, *blocks])
 
 
 def _is_layer(module: nn.Module) -> bool:

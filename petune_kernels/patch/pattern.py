@@ -108,6 +108,11 @@ def framed(module: nn.Module) -> bool:
     return _MARK in module.__dict__ and not foreign_forward(module) and len(module.__dict__["forward"].args) == 3
 
 
+def around(module: nn.Module) -> Callable[..., Any]:
+    """What a frame's forward was bound to."""
+    return module.__dict__["forward"].func
+
+
 def unframe(module: nn.Module) -> None:
     if module.__dict__[_MARK] is None:
         unbind(module)
