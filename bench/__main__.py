@@ -72,6 +72,31 @@ def models(
 
 
 @app.command()
+def packed(
+    shape: Annotated[list[str], typer.Option(help="Model shape, random weights; may be repeated.")] = ["minilm"],  # noqa: B006
+    regime: Annotated[list[str] | None, typer.Option(help="Such as 'lora-qv p=0.1'; all that pack.")] = None,
+    dtype: DTypes = DTYPES,
+    replicas: Annotated[list[int] | None, typer.Option(min=1, help="Runs packed together; 1, 2, 4, 8, 20.")] = None,
+    batch: Batch = 16,
+    length: Length = 128,
+    device: Device = AUTO,
+    rounds: Rounds = 7,
+    layers: Annotated[int | None, typer.Option(min=1, help="Cut the model to so many layers.")] = None,
+    memory: Annotated[bool, typer.Option("--memory", help="Peak memory in fresh processes, too.")] = False,
+    out: Out = RESULTS,
+) -> None:
+    """A step of many runs packed over one frozen backbone, per run, beside one run alone, patched and stock."""
+    from . import packed as benchmark
+
+    _check(device, dtype)
+    settings = benchmark.Settings(
+        tuple(shape), tuple(regime or benchmark.REGIMES), tuple(dtype), tuple(replicas or (1, 2, 4, 8, 20)), batch,
+        length, device, rounds, layers, memory,
+    )  # fmt: skip
+    benchmark.run(settings, Files.new(out, "packed"), console)
+
+
+@app.command()
 def ops(
     width: Annotated[list[str], typer.Option(help="Hidden size by model; may be repeated.")] = ["minilm"],  # noqa: B006
     op: Annotated[list[str] | None, typer.Option(help="Only this op; may be repeated.")] = None,

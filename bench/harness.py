@@ -61,13 +61,13 @@ class Result:
         dataclasses.replace(self.files, json=half).write(self.data)
         os.replace(half, self.files.json)
 
-    def finish(self, console: Console) -> None:
-        """Marks the result complete, prints its table, and writes the CSV and the chart beside it."""
+    def finish(self, console: Console, draw: Callable[[Mapping[str, Any], Path], None] | None = None) -> None:
+        """Marks the result complete, prints its table, and writes the CSV and the chart (or `draw`'s) beside it."""
         self.data["complete"] = True
         self.write()
         console.print(table(self.data))
         write_csv(self.data, self.files.json.with_suffix(".csv"))
-        chart(self.data, self.files.figure)
+        (draw or chart)(self.data, self.files.figure)
         for path in (self.files.json, self.files.json.with_suffix(".csv"), self.files.figure):
             console.print(str(path), markup=False, highlight=False, soft_wrap=True)
         if wrong := [row for row in self.data["rows"] if OURS in row["refused"]]:
@@ -86,12 +86,12 @@ def turns(
     rounds: int,
     device: torch.device,
     warm: int = 2,
-    calls: int = 1,
+    calls: int | Mapping[str, int] = 1,
 ) -> dict[str, Any]:
-    """Times the variants in turn; one run makes `calls` calls. Returns the timing part of a row."""
+    """Times the variants in turn; one run makes `calls` calls, whose time it gives. The timing part of a row."""
     measure.interleave(variants, warm, device)
     seconds = {
-        name: [second / calls for second in values]
+        name: [second / (calls if isinstance(calls, int) else calls[name]) for second in values]
         for name, values in measure.interleave(variants, rounds, device).items()
     }
 

@@ -13,30 +13,29 @@ import torch
 
 
 class Sources:
-    """One stream of seeds a replica, each what torch's own generator gives after torch.manual_seed(seed)."""
+    """One stream of seeds a replica, each what torch's own generator gives after torch.manual_seed(seed).
+
+    active: the replicas that draw, in the order of the batch.
+    """
 
     def __init__(self, seeds: Sequence[int]):
         self._seeds = list(seeds)
+        self.active = list(range(len(seeds)))
         self._generators: dict[torch.device, list[torch.Generator]] = {}
 
     def __len__(self) -> int:
-        return len(self._seeds)
+        return len(self.active)
 
-    def manual_seed(self, i: int, seed: int) -> None:
-        self._seeds[i] = seed
+    def manual_seed(self, g: int, seed: int) -> None:
+        self._seeds[g] = seed
         for generators in self._generators.values():
-            generators[i].manual_seed(seed)
-
-    def remove(self, i: int) -> None:
-        del self._seeds[i]
-        for generators in self._generators.values():
-            del generators[i]
+            generators[g].manual_seed(seed)
 
     def draw(self, device: torch.device) -> torch.Tensor:
-        """int64 [G]: seed g is what replica g alone would draw now."""
+        """int64 [G]: for each active replica what it alone would draw now."""
         if device not in self._generators:
             self._generators[device] = [torch.Generator(device).manual_seed(s) for s in self._seeds]
-        return torch.cat([_draw(device, 1, generator) for generator in self._generators[device]])
+        return torch.cat([_draw(device, 1, self._generators[device][g]) for g in self.active])
 
     def state(self) -> Any:
         return list(self._seeds), {d: [g.get_state() for g in gs] for d, gs in self._generators.items()}

@@ -153,7 +153,6 @@ class Replicas:
         undo: Callable[[], None],
     ):
         self.model, self.seeds = model, tuple(seeds)
-        self._active = list(range(len(seeds)))
         self._undo, self._released = undo, False
         self._originals = dict(trained)
         names = {id(p): name for name, p in trained.items()}
@@ -174,7 +173,7 @@ class Replicas:
 
     @property
     def active(self) -> tuple[int, ...]:
-        return tuple(self._active)
+        return tuple(self._sources.active)
 
     def parameters(self, g: int) -> list[nn.Parameter]:
         """Replica g's own parameters, in the model's order: rows of the packed ones, with rows of their gradients."""
@@ -198,12 +197,12 @@ class Replicas:
 
     def manual_seed(self, g: int, seed: int) -> None:
         """Replica g's dropout from here on, as torch.manual_seed(seed) in a solo run."""
-        self._sources.manual_seed(self._place(g), seed)
+        self._sources.manual_seed(self._in_batch(g), seed)
 
     def stack(self, batches: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """One batch of the active replicas' batches, in their order. What is no tensor must be the same in all."""
-        if len(batches) != len(self._active):
-            raise ValueError(f"stack: {len(batches)} batches; accepted is one for each of {len(self._active)} replicas")
+        if len(batches) != len(self.active):
+            raise ValueError(f"stack: {len(batches)} batches; accepted is one for each of {len(self.active)} replicas")
         whole: dict[str, Any] = {}
         for name, first in batches[0].items():
             parts = [batch[name] for batch in batches]
@@ -218,21 +217,26 @@ class Replicas:
 
     def repeat(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """The same rows for every active replica, as an evaluation needs them."""
-        G = len(self._active)
+        G = len(self.active)
         return {k: v.repeat(G, *(1,) * (v.dim() - 1)) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
     def split(self, rows: Tensor) -> Tensor:
         """[G x B, ...] as [G, B, ...], by active replica."""
-        return rows.reshape(len(self._active), -1, *rows.shape[1:])
+        return rows.reshape(len(self.active), -1, *rows.shape[1:])
 
     def stop(self, g: int) -> None:
         """Replica g leaves the batch with the values that it has."""
-        place = self._place(g)
+        self._sources.active.remove(self._in_batch(g))
         with torch.no_grad():
             for p in self._rows[g].values():
                 p.data = p.data.clone()
-        del self._active[place]
-        self._sources.remove(place)
+        self._pack()
+
+    def resume(self, g: int) -> None:
+        """A stopped replica joins the batch again, at its end."""
+        if self._known(g) in self.active:
+            raise ReplicaError(f"replica {g} was not stopped")
+        self._sources.active.append(g)
         self._pack()
 
     def replica(self, g: int) -> nn.Module:
@@ -265,15 +269,15 @@ class Replicas:
             raise IndexError(f"replica {g!r}; there are 0 to {len(self._rows) - 1}")
         return g
 
-    def _place(self, g: int) -> int:
-        if self._known(g) not in self._active:
+    def _in_batch(self, g: int) -> int:
+        if self._known(g) not in self.active:
             raise ReplicaError(f"replica {g} was stopped")
-        return self._active.index(g)
+        return g
 
     @torch.no_grad()
     def _pack(self) -> None:
         """Makes the packed parameters of the active replicas' values, and their own ones rows of them."""
-        rows = [self._rows[g] for g in self._active]
+        rows = [self._rows[g] for g in self.active]
         for name, original in self._originals.items():
             values = [row[name].data for row in rows]
             whole = nn.Parameter(torch.stack(values) if values else original.new_empty([0, *original.shape]))
@@ -289,7 +293,7 @@ class Replicas:
         """Gives every replica its row of a gradient, added to what it has."""
         gradient, packed.grad = packed.grad, None
         assert gradient is not None
-        for g, own in zip(self._active, gradient.unbind(), strict=True):
+        for g, own in zip(self.active, gradient.unbind(), strict=True):
             p = self._rows[g][name]
             if p.grad is None:
                 p.grad = own
@@ -298,7 +302,7 @@ class Replicas:
 
     def _ready(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Raises for a call that would not keep the replicas apart."""
-        G = len(self._active)
+        G = len(self.active)
         if G == 0:
             raise ReplicaError("no replica is left in the batch")
         if G > 1 and any(kwargs.get(name) is not None for name in _LOSS_OF_ALL):

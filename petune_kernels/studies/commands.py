@@ -46,7 +46,9 @@ def chosen_device(name: str) -> str:
     return "cuda" if name != "cpu" and torch.cuda.is_available() else "cpu"
 
 
-def study(console: Console, file: Path, to: Path, jobs: int, device: str, show: bool, analyse: bool) -> None:
+def study(
+    console: Console, file: Path, to: Path, jobs: int, device: str, show: bool, analyse: bool, pack: bool
+) -> None:
     """Runs what is left of a study, then writes its tables and pictures."""
     from . import analysis, layouts, pictures, runner, store
     from .study import read
@@ -57,7 +59,7 @@ def study(console: Console, file: Path, to: Path, jobs: int, device: str, show: 
         if not records:
             raise InputError(f"--out {to} holds no results of {file}")
     else:
-        records = runner.run(found, to, jobs=jobs, device=chosen_device(device), console=console)
+        records = runner.run(found, to, jobs=jobs, device=chosen_device(device), console=console, pack=pack)
     place, world = runner.rank()
     if place:
         return
@@ -163,13 +165,14 @@ def mount(app: typer.Typer, plain_errors: Any, console: Console) -> None:
         analyse: Annotated[
             bool, typer.Option("--analyse", help="Tune each first seed again; show features and weights.")
         ] = False,
+        pack: Annotated[bool, typer.Option(help="Train runs that differ only in seeds together.")] = True,
     ) -> None:
         """Run a study, or the rest of it, and write its tables and pictures.
 
         Each run is on disk (runs.jsonl) before the next one starts; after a kill the same command goes on. Under
         torchrun the runs are divided over the ranks.
         """
-        study(console, file, to or Path(file.stem), jobs, device, show, analyse)
+        study(console, file, to or Path(file.stem), jobs, device, show, analyse, pack)
 
     @app.command(name="tune")
     @plain_errors

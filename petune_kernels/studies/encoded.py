@@ -13,7 +13,7 @@ from .tasks import Examples
 
 
 class Encoded:
-    """Token ids of a part, tokenised once; batches are padded to their own longest row."""
+    """Token ids of a part, tokenised once."""
 
     def __init__(self, part: Examples, tokenizer: Any, length: int, device: torch.device):
         texts = (part.texts,) if part.pairs is None else (part.texts, part.pairs)
@@ -26,9 +26,15 @@ class Encoded:
     def by_length(self, rows: Iterable[int]) -> list[int]:
         return sorted(rows, key=lambda i: len(self._encoded["input_ids"][i]))
 
-    def inputs(self, rows: list[int]) -> Mapping[str, Tensor]:
+    def width(self, rows: Iterable[int]) -> int:
+        """Of the longest of these rows."""
+        return max(len(self._encoded["input_ids"][i]) for i in rows)
+
+    def inputs(self, rows: list[int], width: int | None = None) -> Mapping[str, Tensor]:
+        """width: that of the batch; None for its own longest row."""
         columns = {name: [values[i] for i in rows] for name, values in self._encoded.items()}
-        return {k: v.to(self._device) for k, v in self._pad(columns, return_tensors="pt").items()}
+        how = {"padding": True} if width is None else {"padding": "max_length", "max_length": width}
+        return {k: v.to(self._device) for k, v in self._pad(columns, return_tensors="pt", **how).items()}
 
     def labels(self, rows: list[int]) -> Tensor:
         return self._labels[rows].to(self._device)

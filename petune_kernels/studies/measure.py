@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import multiprocessing
+import os
 import resource
 import signal
 import statistics
@@ -137,6 +138,24 @@ class Peak:
     @property
     def rise(self) -> int:
         return self.peak - self.before
+
+
+def free_memory(device: torch.device | str = "cpu") -> int:
+    """Bytes that a process could still allocate: of a GPU, or of the machine within this control group's limit."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:  # no Linux: half of what there is
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    free = next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    group = Path("/sys/fs/cgroup")
+    if (group / "memory.max").is_file():
+        most, now = ((group / name).read_text(encoding="ascii").strip() for name in ("memory.max", "memory.current"))
+        stat = dict(line.split() for line in (group / "memory.stat").read_text(encoding="ascii").splitlines())
+        if most != "max":  # files that nobody reads any more give way
+            free = min(free, int(most) - int(now) + int(stat["inactive_file"]))
+    return max(0, free)
 
 
 def peak_memory(run: Callable[[], object], device: torch.device | str = "cpu") -> Peak:

@@ -1,6 +1,7 @@
 """Runs a study: what is already done is skipped, the rest goes over processes or ranks, each result to disk at once.
 
-With `jobs` processes the parent alone writes. Under torchrun every rank takes each world_size-th run and writes a file
+Patched runs that differ only in their seeds are trained together where their method packs (packed.py). With `jobs`
+processes the parent alone writes. Under torchrun every rank takes each world_size-th run and writes a file
 of its own, so ranks need no talk; a later start with another number of ranks, or none, goes on where they stopped.
 """
 
@@ -14,7 +15,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -71,11 +72,59 @@ def plan(study: Study, say: Callable[[str], None] = lambda line: None) -> list[R
 
 def tuned(study: Study, run: Run, device: str, **more: Any) -> Any:
     """The `Outcome` of one run; `more` goes to `tune_once`."""
-    from .single import Seeds, tune_once
+    from .recipe import Seeds
+    from .single import tune_once
 
     recipe, seeds = recipe_of(study, run), Seeds(wi=run.wi, do=run.do)
     more |= {"patched": run.patched, "dropout": study.dropout, "device": device}
     return tune_once(model_folder(study.model), method_of(run), load_task(run.task), recipe, seeds, **more)
+
+
+def units(
+    study: Study, todo: list[Run], device: str, processes: int, say: Callable[[str], None]
+) -> list[tuple[Run, ...]]:
+    """The runs as they are done: alone, or a pack of those that differ only in their seeds. Says what packs, and why
+    the others do not."""
+    from . import packed
+
+    alike: dict[tuple[Any, ...], list[Run]] = {}
+    for run in todo:
+        key = (run.task.title, run.task.protocol, run.method.title, run.stop_on)
+        alike.setdefault((*key, None if run.patched else run.id), []).append(run)
+    found: list[tuple[Run, ...]] = []
+    for runs in alike.values():
+        size, first = 1, runs[0]
+        if len(runs) > 1:
+            method, task, recipe = method_of(first), load_task(first.task), recipe_of(study, first)
+            kind = f"{first.task.title}, {first.method.title}: {len(runs)} runs"
+            reason = packed.why_not(method, task, recipe, study.dropout)
+            if reason:
+                say(f"{kind} one by one: {reason}")
+            else:
+                folder = model_folder(study.model)
+                size = packed.fitting(folder, method, task, recipe, study.dropout, device, len(runs), processes)
+                say(f"{kind} packed, {size} at a time")
+        found += [tuple(runs[i : i + size]) for i in range(0, len(runs), size)]
+    place = {run.id: i for i, run in enumerate(todo)}
+    return sorted(found, key=lambda unit: place[unit[0].id])
+
+
+def execute_packed(
+    study: Study, runs: Sequence[Run], device: str, progress: Callable[[int, int, float], None] | None, say: Any
+) -> Iterator[dict[str, Any]]:
+    """The records of runs that differ only in their seeds, as `execute` gives each."""
+    from . import packed
+    from .recipe import Seeds
+
+    first, task = runs[0], load_task(runs[0].task)
+    seeds = [Seeds(wi=run.wi, do=run.do) for run in runs]
+    more: dict[str, Any] = {"dropout": study.dropout, "device": device, "progress": progress}
+    args = (model_folder(study.model), method_of(first), task, recipe_of(study, first), seeds, say)
+    waiting = iter(runs)
+    for outcomes in packed.halving(*args, **more):
+        for outcome in outcomes:
+            record = describe(next(waiting), task) | {"outcome": plain(outcome)}
+            yield record | {"finished": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
 
 
 def execute(
@@ -124,12 +173,14 @@ def run(
     console: Console | None = None,
     execute: Execute = execute,
     runs: list[Run] | None = None,
+    pack: bool = True,
 ) -> list[dict[str, Any]]:
     """Carries the study out in `folder` and returns the records of all its runs that are done.
 
-    jobs: processes that share this machine's threads. Whatever ends this early, runs that were finished are on disk,
-    and the same call goes on with the rest. Raises InputError before the first run for anything a study file has
-    wrong; StudyError, naming the run, when one could not be carried out.
+    jobs: processes that share this machine's threads. pack: train runs that differ only in their seeds together.
+    Whatever ends this early, runs that were finished are on disk, and the same call goes on with the rest. Raises
+    InputError before the first run for anything a study file has wrong; StudyError, naming the run, when one could not
+    be carried out.
     """
     console = console or Console(quiet=True)
     if jobs < 1:
@@ -154,32 +205,40 @@ def run(
             def advance(done: int, total: int, loss: float) -> None:
                 progress.update(steps, completed=done, total=total)
 
+            say = functools.partial(console.print, markup=False, highlight=False)
+            alone: list[tuple[Run, ...]] = [(one,) for one in todo]
+            listed = units(study, todo, device, jobs, say) if pack else alone
             work: Iterator[dict[str, Any]]
             if jobs == 1:
-                work = (_named(study, one, device, execute, advance) for one in todo)
+                work = (record for unit in listed for record in _named(study, unit, device, execute, advance, say))
             else:
-                work = _apart(study, todo, device, execute, jobs)
+                work = _apart(study, listed, device, execute, jobs, say)
             for record in work:
                 results.append(record)
                 progress.update(bar, advance=1, description=record["id"])
     return list(store.collect(folder, study).values())
 
 
-def _apart(study: Study, todo: list[Run], device: str, execute: Execute, jobs: int) -> Iterator[dict[str, Any]]:
+def _apart(
+    study: Study, todo: list[tuple[Run, ...]], device: str, execute: Execute, jobs: int, say: Callable[[str], None]
+) -> Iterator[dict[str, Any]]:
     threads = max(1, torch.get_num_threads() // jobs)
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(jobs, context, initializer=_worker, initargs=(threads, os.getpid()))
     try:
         waiting = iter(todo)
         flying = {
-            pool.submit(_named, study, one, device, execute) for _, one in zip(range(jobs), waiting, strict=False)
+            pool.submit(_whole, study, one, device, execute) for _, one in zip(range(jobs), waiting, strict=False)
         }
         while flying:
             landed, flying = wait(flying, return_when=FIRST_COMPLETED)
             for future in landed:
-                yield future.result()
+                records, lines = future.result()
+                for line in lines:
+                    say(line)
+                yield from records
                 if (one := next(waiting, None)) is not None:
-                    flying.add(pool.submit(_named, study, one, device, execute))
+                    flying.add(pool.submit(_whole, study, one, device, execute))
     except BrokenProcessPool as error:
         raise StudyError("a process of the study died (out of memory?); fewer --jobs may help") from error
     except BaseException:
@@ -190,12 +249,26 @@ def _apart(study: Study, todo: list[Run], device: str, execute: Execute, jobs: i
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _named(study: Study, one: Run, device: str, execute: Execute, progress: Any = None) -> dict[str, Any]:
+def _whole(
+    study: Study, unit: tuple[Run, ...], device: str, execute: Execute
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """The records of a unit, and what is to be said about it."""
+    lines: list[str] = []
+    return list(_named(study, unit, device, execute, None, lines.append)), lines
+
+
+def _named(
+    study: Study, unit: tuple[Run, ...], device: str, execute: Execute, progress: Any, say: Callable[[str], None]
+) -> Iterator[dict[str, Any]]:
     try:
-        return execute(study, one, device, progress)
+        if len(unit) == 1:
+            yield execute(study, unit[0], device, progress)
+        else:
+            yield from execute_packed(study, unit, device, progress, say)
     except Exception as error:
         kind = InputError if isinstance(error, InputError) else StudyError
-        raise kind(f"run {one.id}: {type(error).__name__}: {error}") from error
+        which = f"run {unit[0].id}" + (f" and {len(unit) - 1} packed with it" if len(unit) > 1 else "")
+        raise kind(f"{which}: {type(error).__name__}: {error}") from error
 
 
 def _worker(threads: int, parent: int) -> None:
@@ -226,7 +299,7 @@ def method_of(run: Run) -> Any:
 
 def recipe_of(study: Study, run: Run) -> Any:
     """The run's `Recipe`: the study's with the method's changes; keys are strict."""
-    from .single import Recipe
+    from .recipe import Recipe
 
     changes = study.recipe | run.method.recipe | ({"stop_on": run.stop_on} if run.stop_on else {})
     check_keys(changes, [f.name for f in dataclasses.fields(Recipe)], f"recipe of {run.method.title!r}")

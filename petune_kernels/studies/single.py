@@ -10,10 +10,10 @@ import gc
 import math
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,84 +27,29 @@ from . import train
 from .data import POOL, chunks
 from .encoded import Encoded, HeadOnly
 from .errors import InputError
-from .measure import peak_memory
+from .measure import Peak, peak_memory
 from .methods import Method, Setting, Stage, head_of
+from .recipe import Recipe, Seeds
 from .tasks import Examples, TaskData
 
 Progress = Callable[[int, int, float], None]
 
 
-@dataclass(frozen=True)
-class Seeds:
-    """wi: weight initialisation (head, adapters, which scalars). do: data order and dropout."""
+class Step(NamedTuple):
+    """Asked for by a run: the loss of these training rows, dropout seeded so, its gradients in what trains."""
 
-    wi: int
-    do: int
-
-    def __post_init__(self) -> None:
-        for name in ("wi", "do"):
-            value = getattr(self, name)
-            if type(value) is not int or not 0 <= value < 2**40:
-                raise InputError(f"seeds: {name} is {value!r}; accepted is an int from 0 below 2**40")
+    rows: list[int]
+    seed: int
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """How to train; the defaults are mostly the second paper's.
+class Evaluate(NamedTuple):
+    """Asked for by a run: mean loss and metrics of a part."""
 
-    epochs or steps: one of them, for all stages together; a last smaller batch of an epoch counts. length: tokens, at
-    most. group_by_length: a batch holds rows of like length, which saves padding. warmup: share of a stage's steps.
-    weight_decay: of all that trains. clip: norm of all gradients. evaluate_every: "epoch" or a number of steps.
-    stop_on: "loss" or "metric" (the task's primary one) of the validation part chooses the checkpoint; after `patience`
-    evaluations without a better one training stops (None: never). keep: "best" or "last". Checkpoints and patience
-    belong to the last stage.
-    """
+    part: Examples
 
-    lr: float
-    batch: int = 16
-    length: int = 128
-    group_by_length: bool = False
-    epochs: float | None = None
-    steps: int | None = None
-    warmup: float = 0.06
-    weight_decay: float = 0.0
-    clip: float | None = None
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    dtype: str = "float32"
-    evaluate_every: str | int = "epoch"
-    stop_on: str = "loss"
-    patience: int | None = 10
-    keep: str = "best"
 
-    def __post_init__(self) -> None:
-        if (self.epochs is None) == (self.steps is None):
-            raise InputError(f"epochs is {self.epochs} and steps {self.steps}; give exactly one of them")
-        whole, real = (int,), (int, float)
-        every = self.evaluate_every
-        betas = self.betas
-        rules: list[tuple[str, bool, str]] = [
-            ("lr", _is(self.lr, real) and 0 < self.lr < math.inf, "a number over 0"),
-            ("batch", _is(self.batch, whole) and self.batch >= 1, "an int from 1"),
-            ("group_by_length", type(self.group_by_length) is bool, "true or false"),
-            ("length", _is(self.length, whole) and self.length >= 2, "an int from 2"),
-            ("epochs", self.epochs is None or _is(self.epochs, real) and 0 < self.epochs < math.inf, "over 0"),
-            ("steps", self.steps is None or _is(self.steps, whole) and self.steps >= 1, "an int from 1"),
-            ("warmup", _is(self.warmup, real) and 0 <= self.warmup <= 1, "a share from 0 to 1"),
-            ("weight_decay", _is(self.weight_decay, real) and self.weight_decay >= 0, "a number from 0"),
-            ("clip", self.clip is None or _is(self.clip, real) and self.clip > 0, "a number over 0, or none"),
-            ("eps", _is(self.eps, real) and self.eps > 0, "a number over 0"),
-            ("betas", len(betas) == 2 and all(_is(b, real) and 0 <= b < 1 for b in betas), "two numbers in [0, 1)"),
-            ("dtype", self.dtype in train.DTYPES, " or ".join(train.DTYPES)),
-            ("evaluate_every", every == "epoch" or type(every) is int and every >= 1, "epoch, or an int from 1"),
-            ("stop_on", self.stop_on in ("loss", "metric"), "loss or metric"),
-            ("patience", self.patience is None or _is(self.patience, whole) and self.patience >= 1, "an int from 1"),
-            ("keep", self.keep in ("best", "last"), "best or last"),
-        ]
-        for name, fits, accepted in rules:
-            if not fits:
-                raise InputError(f"{name} is {getattr(self, name)!r}; accepted is {accepted}")
-        object.__setattr__(self, "betas", tuple(betas))  # a TOML file gives a list
+Work = Generator[Step | Evaluate, Any, None]
+"""A run asks for losses and scores, so that it may compute them alone or together with others (packed.py)."""
 
 
 @dataclass(frozen=True)
@@ -117,8 +62,9 @@ class Outcome:
     and peak_bytes: resident (CPU, the whole process) or allocated (GPU) memory before the stage's first step, with the
     model loaded and patched, and at most while it trains. memory: how they were read. total: scalars of the pretrained
     model with its head. seconds: everything from the loaded model to the trained one, patching and evaluations too;
-    without loading and the test. failed: why the run gave no result (a loss that is not finite), with empty metrics.
-    model: with keep_model, unpatched and in evaluation mode.
+    without loading and the test. packed: how many runs shared the training (packed.py); then seconds is this run's
+    share, while history, stages and memory are of the whole pack. failed: why the run gave no result (a loss that is
+    not finite), with empty metrics. model: with keep_model, unpatched and in evaluation mode.
     """
 
     validation: dict[str, float]
@@ -128,6 +74,7 @@ class Outcome:
     total: int
     seconds: float
     memory: str
+    packed: int = 1
     failed: str | None = None
     model: nn.Module | None = None
 
@@ -150,7 +97,7 @@ def tune_once(
     patched: on fused kernels. dropout: False sets every rate to 0. progress(steps done, steps in all, loss).
     Raises InputError for a model, method or recipe that do not fit. A loss that is not finite is no error: see Outcome.
     """
-    run = _Run(Path(folder), method, task, recipe, seeds, patched, dropout, torch.device(device), progress)
+    run = Tuning(Path(folder), method, task, recipe, seeds, patched, dropout, torch.device(device), progress)
     try:
         run.train()
         test = {name: run.evaluate(part)[1] for name, part in task.tests.items()} if run.failed is None else {}
@@ -159,20 +106,10 @@ def tune_once(
     assert run.model is not None
     if keep_model and patched:
         pk.unpatch(run.model)
-    return Outcome(
-        validation=run.selected if run.failed is None else {},
-        test=test,
-        history=run.history,
-        stages=run.stages,
-        total=run.total,
-        seconds=run.seconds,
-        memory=run.memory,
-        failed=run.failed,
-        model=run.model.eval() if keep_model else None,
-    )
+    return run.outcome(test, model=run.model.eval() if keep_model else None)
 
 
-class _Run:
+class Tuning:
     """The state of a run: the model of the present stage, its data and what has been seen."""
 
     def __init__(
@@ -186,24 +123,27 @@ class _Run:
         dropout: bool,
         device: torch.device,
         progress: Progress | None,
+        data: dict[int, Encoded] | None = None,
     ):
         self.task, self.recipe, self.seeds = task, recipe, seeds
         self.device, self._folder, self._progress = device, folder, progress
-        self._patched, self._dropout, self._plan = patched, dropout, method.stages()
+        self._patched, self._dropout, self.plan = patched, dropout, method.stages()
         self._tokenizer = train.load_tokenizer(folder)
         room = getattr(train.read_config(folder, task.labels), "max_position_embeddings", recipe.length)
         if recipe.length > min(room, self._tokenizer.model_max_length):
             raise InputError(
                 f"length is {recipe.length}, but the model takes at most {min(room, self._tokenizer.model_max_length)}"
             )
-        self._data: dict[int, Encoded] = {}
-        self.train_data = self._encoded(task.train)
-        self._encoded(task.validation)  # now, or the first evaluation's time would have it
+        self.data: dict[int, Encoded] = {} if data is None else data
+        self.train_data = self.encoded(task.train)
+        self.encoded(task.validation)  # now, or the first evaluation's time would have it
         self.per_epoch = -(-len(task.train) // recipe.batch)
         self.steps = recipe.steps or max(1, round((recipe.epochs or 0) * self.per_epoch))
-        if self.steps < len(self._plan):
-            raise InputError(f"{self.steps} steps are too few for {len(self._plan)} stages")
+        if self.steps < len(self.plan):
+            raise InputError(f"{self.steps} steps are too few for {len(self.plan)} stages")
         self.model: nn.Module | None = None
+        self.own: dict[str, nn.Parameter] | None = None
+        """In a pack, this run's parameters by their names in the model."""
         self.history: list[dict[str, Any]] = []
         self.stages: list[dict[str, Any]] = []
         self.selected: dict[str, float] = {}
@@ -219,18 +159,20 @@ class _Run:
         self._loading += time.perf_counter() - start
         return model
 
-    def train(self) -> None:
-        first: nn.Module | None = self.load()
-        assert first is not None
+    def begin(self) -> Setting:
+        """What the first stage starts from."""
+        first = self.load()
         self.total = sum(p.numel() for p in first.parameters())
-        setting = Setting(self.load, self.seeds.wi, self._losses, read(first).head, first)
-        del first
-        batches = self._batches()
+        return Setting(self.load, self.seeds.wi, self._losses, read(first).head, first)
+
+    def train(self) -> None:
+        setting = self.begin()
+        batches = self.batches()
         start, self._loading = time.perf_counter(), 0.0
-        for i, stage in enumerate(self._plan):
-            last = i == len(self._plan) - 1
+        for i, stage in enumerate(self.plan):
+            last = i == len(self.plan) - 1
             left = self.steps - self._done
-            steps = left if last else min(max(1, round(stage.share * self.steps)), left - (len(self._plan) - 1 - i))
+            steps = left if last else min(max(1, round(stage.share * self.steps)), left - (len(self.plan) - 1 - i))
             if self.model is not None and self._patched:
                 pk.unpatch(self.model)
             self._head = None
@@ -242,24 +184,63 @@ class _Run:
             self.model.train()
             if stage.head_only and not self._dropout:
                 self._head = HeadOnly.of(self.model, setting.head, self.train_data, self.recipe.batch)
-            work = functools.partial(self._stage, stage, around, steps, batches, setting.head, last, start)
-            peak = peak_memory(work, self.device)
-            self.stages[-1] |= {"loaded_bytes": peak.before, "peak_bytes": peak.peak}
-            self.memory = peak.method
+            work = self.stage(stage, around, steps, batches, setting.head, last, start)
+            self.note(peak_memory(functools.partial(self._alone, work), self.device))
             if self.failed:
                 break
         self.seconds = time.perf_counter() - start - self._loading
 
-    def _stage(
+    def note(self, peak: Peak) -> None:
+        """The memory of the last stage."""
+        self.stages[-1] |= {"loaded_bytes": peak.before, "peak_bytes": peak.peak}
+        self.memory = peak.method
+
+    def outcome(self, test: dict[str, dict[str, float]], **more: Any) -> Outcome:
+        return Outcome(
+            validation=self.selected if self.failed is None else {},
+            test=test,
+            history=self.history,
+            stages=self.stages,
+            total=self.total,
+            seconds=self.seconds,
+            memory=self.memory,
+            failed=self.failed,
+            **more,
+        )
+
+    def _alone(self, work: Work) -> None:
+        """Gives a run what it asks for."""
+        answer: Any = None
+        try:
+            while True:
+                asked = work.send(answer)
+                answer = self.evaluate(asked.part) if isinstance(asked, Evaluate) else self._step(asked)
+        except StopIteration:
+            pass
+
+    def _step(self, asked: Step) -> float:
+        torch.manual_seed(asked.seed)
+        loss = self.loss(self._logits(self.train_data, asked.rows, self.width), self.train_data.labels(asked.rows))
+        loss.backward()
+        return loss.item()
+
+    @functools.cached_property
+    def width(self) -> int | None:
+        """Of every training batch; None: that of its own longest row."""
+        return self.train_data.width(range(len(self.train_data))) if self.recipe.pad == "longest" else None
+
+    def stage(
         self, stage: Stage, around: Any, steps: int, batches: Iterator[list[int]], head: tuple[str, ...], last: bool,
         start: float,
-    ) -> None:  # fmt: skip
+    ) -> Work:  # fmt: skip
         assert self.model is not None
         recipe, model, began = self.recipe, self.model, time.perf_counter()
-        trained = [p for p in model.parameters() if p.requires_grad]
+        in_model = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        mine = in_model if self.own is None else self.own
+        trained = list(mine.values())
         rate = stage.lr or recipe.lr
         of_head = {id(p) for p in head_of(model, head).values()}
-        heads, others = ([p for p in trained if (id(p) in of_head) == own] for own in (True, False))
+        heads, others = ([p for n, p in mine.items() if (id(in_model[n]) in of_head) == own] for own in (True, False))
         groups = [(trained, rate)] if stage.head_lr is None else [(heads, stage.head_lr), (others, rate)]
         updates = train.Updates(
             groups, steps, recipe.warmup, recipe.clip,
@@ -272,15 +253,11 @@ class _Run:
         every = self.per_epoch if recipe.evaluate_every == "epoch" else int(recipe.evaluate_every)
         for step in range(1, steps + 1):
             seed = self.seeds.do * train.STRIDE + self._done
-            torch.manual_seed(seed)
             if around is not None:
                 around.before(seed)
-            rows = next(batches)
-            loss = self._loss(self._logits(self.train_data, rows), self.train_data.labels(rows))
-            loss.backward()
+            losses.append((yield Step(next(batches), seed)))
             if around is not None:
                 around.after()
-            losses.append(loss.item())
             if not math.isfinite(losses[-1]):
                 self.failed = f"the loss of step {self._done + 1} is {losses[-1]}"
                 break
@@ -291,7 +268,7 @@ class _Run:
                 self._progress(self._done, self.steps, losses[-1])
             if step < steps and (not last or self._done % every):
                 continue
-            found = self._evaluate_validation(stage, losses, start)
+            found = self._validated((yield Evaluate(self.task.validation)), stage, losses, start)
             losses.clear()
             if self.failed or not last:
                 continue
@@ -309,8 +286,10 @@ class _Run:
                 for p, value in zip(trained, kept, strict=True):
                     p.copy_(value)
 
-    def _evaluate_validation(self, stage: Stage, losses: list[float], start: float) -> dict[str, float]:
-        loss, metrics = self.evaluate(self.task.validation)
+    def _validated(
+        self, scores: tuple[float, dict[str, float]], stage: Stage, losses: list[float], start: float
+    ) -> dict[str, float]:
+        loss, metrics = scores
         found = {"loss": loss} | metrics
         past = {"stage": stage.name, "step": self._done, "train_loss": sum(losses) / len(losses)}
         self.history.append(past | found | {"seconds": time.perf_counter() - start - self._loading})
@@ -322,26 +301,36 @@ class _Run:
     def evaluate(self, part: Examples) -> tuple[float, dict[str, float]]:
         """Mean loss and metrics over the part, dropout off; the model's mode is left as it was."""
         assert self.model is not None
-        data, training = self._encoded(part), self.model.training
+        data, training = self.encoded(part), self.model.training
         self.model.eval()
-        outputs, total = list[Tensor](), 0.0
-        order = data.by_length(range(len(data)))
-        for rows in chunks(order, self.recipe.batch):
-            logits = self._logits(data, rows)
-            total += self._loss(logits, data.labels(rows)).item() * len(rows)
-            outputs.append(logits.float().cpu())
+        outputs = [self._logits(data, rows) for rows in self.chunks(part)]
         self.model.train(training)
-        logits = torch.cat(outputs)[torch.tensor(order).argsort()]
-        return total / len(part), self.task.metrics(logits.numpy(), np.asarray(part.labels))
+        return self.scores(part, outputs)
 
-    def _logits(self, data: Encoded, rows: list[int]) -> Tensor:
+    def chunks(self, part: Examples) -> list[list[int]]:
+        """Rows of like length, as an evaluation takes them."""
+        data = self.encoded(part)
+        return list(chunks(data.by_length(range(len(data))), self.recipe.batch))
+
+    def scores(self, part: Examples, outputs: list[Tensor]) -> tuple[float, dict[str, float]]:
+        """From the logits of each of `chunks(part)`."""
+        data, listed = self.encoded(part), self.chunks(part)
+        losses = (
+            self.loss(logits, data.labels(rows)).item() * len(rows)
+            for logits, rows in zip(outputs, listed, strict=True)
+        )
+        order = torch.tensor([row for rows in listed for row in rows]).argsort()
+        logits = torch.cat([logits.float().cpu() for logits in outputs])[order]
+        return sum(losses) / len(part), self.task.metrics(logits.numpy(), np.asarray(part.labels))
+
+    def _logits(self, data: Encoded, rows: list[int], width: int | None = None) -> Tensor:
         assert self.model is not None
         if self._head is not None:
             return self._head(data, rows)
-        logits: Tensor = self.model(**data.inputs(rows)).logits
+        logits: Tensor = self.model(**data.inputs(rows, width)).logits
         return logits
 
-    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Cross-entropy, or for a regression the mean square error, in float32."""
         if self.task.regression:
             return F.mse_loss(logits.float().squeeze(-1), labels.float())
@@ -349,18 +338,18 @@ class _Run:
 
     def _losses(self, model: nn.Module) -> Iterator[Callable[[], Tensor]]:
         """For each batch of the first epoch, what gives `model`'s loss with that step's dropout."""
-        batches = self._batches()
+        batches = self.batches()
         model.train()
 
         def loss(rows: list[int], step: int) -> Tensor:
             torch.manual_seed(self.seeds.do * train.STRIDE + step)
-            return self._loss(model(**self.train_data.inputs(rows)).logits, self.train_data.labels(rows))
+            return self.loss(model(**self.train_data.inputs(rows, self.width)).logits, self.train_data.labels(rows))
 
         for step in range(self.per_epoch):
             rows = next(batches)
             yield lambda rows=rows, step=step: loss(rows, step)  # type: ignore[misc]
 
-    def _batches(self) -> Iterator[list[int]]:
+    def batches(self) -> Iterator[list[int]]:
         """Rows of batches without end, reshuffled every epoch, one of which may be smaller (as a rule the last).
 
         With group_by_length the rows of POOL batches together are sorted by length and cut into batches, whose order
@@ -378,11 +367,7 @@ class _Run:
                 shuffle.shuffle(batches)
                 yield from batches
 
-    def _encoded(self, part: Examples) -> Encoded:
-        if id(part) not in self._data:
-            self._data[id(part)] = Encoded(part, self._tokenizer, self.recipe.length, self.device)
-        return self._data[id(part)]
-
-
-def _is(value: Any, kinds: tuple[type, ...]) -> bool:
-    return isinstance(value, kinds) and not isinstance(value, bool)
+    def encoded(self, part: Examples) -> Encoded:
+        if id(part) not in self.data:
+            self.data[id(part)] = Encoded(part, self._tokenizer, self.recipe.length, self.device)
+        return self.data[id(part)]

@@ -29,14 +29,17 @@ def test_each_replica_draws_what_it_would_alone_and_torchs_generator_stays() -> 
     assert _seeds.new_seed(CPU).shape == (1,), "outside, torch's own generator again"
 
 
-def test_seeding_again_and_removing() -> None:
+def test_seeding_again_leaving_and_coming_back() -> None:
     sources = _seeds.Sources([3, 4, 5])
     with _seeds.replicated(sources):
         _seeds.new_seed(CPU)
         sources.manual_seed(2, 8)
-        sources.remove(0)
+        sources.active.remove(0)
         assert len(sources) == 2
         assert _seeds.new_seed(CPU).tolist() == [alone(4, 2)[1], alone(8, 1)[0]]
+        sources.active.append(0)
+        assert _seeds.new_seed(CPU).tolist() == [alone(4, 3)[2], alone(8, 2)[1], alone(3, 2)[1]]
+        sources.active.remove(0)
     with _seeds.replicated(sources), pytest.raises(ValueError, match="3 replicas of a parameter in a packed run of 2"):
         _seeds.new_seed(CPU, 3)
 

@@ -71,10 +71,12 @@ def method(name: str, **options: Any) -> str:
 
 @pytest.fixture(autouse=True)
 def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
-    single, methods = types.ModuleType("single"), types.ModuleType("methods")
-    vars(single).update(Seeds=Seeds, Recipe=Recipe, tune_once=tune_once)
+    single, recipe, methods = (types.ModuleType(name) for name in ("single", "recipe", "methods"))
+    vars(single).update(tune_once=tune_once)
+    vars(recipe).update(Seeds=Seeds, Recipe=Recipe)
     vars(methods).update(method=method)
     monkeypatch.setitem(sys.modules, "petune_kernels.studies.single", single)
+    monkeypatch.setitem(sys.modules, "petune_kernels.studies.recipe", recipe)
     monkeypatch.setitem(sys.modules, "petune_kernels.studies.methods", methods)
     monkeypatch.setenv("COLUMNS", "160")
     runner.load_task.cache_clear()
@@ -96,12 +98,15 @@ def run(*arguments: object) -> Any:
 
 def test_a_study_from_the_file_to_tables_and_pictures(tmp_path: Path, tiny_model: Path, tiny_csv: Path) -> None:
     file, to = study_file(tmp_path, tiny_model, tiny_csv), tmp_path / "out"
-    done = run("study", file, "--out", to)
+    done = run("study", "--no-pack", file, "--out", to)
     assert done.exit_code == 0, done.output
     assert {p.name for p in to.iterdir()} >= {"runs.jsonl", "tables.md", "tables.csv", "seeds.png", "best.png"}
     assert "71.0±1.0" in done.output and "61.0±1.0↓" in (to / "tables.md").read_text()
     before = (to / "runs.jsonl").read_bytes()
-    assert run("study", file, "--out", to).exit_code == 0 and run("study", file, "--out", to, "--show").exit_code == 0
+    assert (
+        run("study", "--no-pack", file, "--out", to).exit_code == 0
+        and run("study", "--no-pack", file, "--out", to, "--show").exit_code == 0
+    )
     assert (to / "runs.jsonl").read_bytes() == before and before.count(b"\n") == 1 + 6
 
 
@@ -116,7 +121,7 @@ def test_analyse_shows_what_tuning_did(
 
     monkeypatch.setattr(sys.modules["petune_kernels.studies.single"], "tune_once", moved)
     to = tmp_path / "out"
-    done = run("study", study_file(tmp_path, tiny_model, tiny_csv), "--out", to, "--analyse")
+    done = run("study", "--no-pack", study_file(tmp_path, tiny_model, tiny_csv), "--out", to, "--analyse")
     assert done.exit_code == 0, done.output
     stem = "analysis-tiny-train-split"
     assert {p.name for p in to.glob("analysis*.png")} == {
@@ -144,9 +149,9 @@ def test_what_a_study_file_has_wrong_ends_it_before_the_first_run(
 
 def test_a_misspelt_recipe_and_a_missing_result_are_named(tmp_path: Path, tiny_model: Path, tiny_csv: Path) -> None:
     file = study_file(tmp_path, tiny_model, tiny_csv)
-    assert "holds no results" in run("study", file, "--out", tmp_path / "none", "--show").stderr
+    assert "holds no results" in run("study", "--no-pack", file, "--out", tmp_path / "none", "--show").stderr
     file.write_text(file.read_text().replace("lr = 1e-3", "lr = 1e-3\nepcohs = 3"))
-    ran = run("study", file, "--out", tmp_path / "out")
+    ran = run("study", "--no-pack", file, "--out", tmp_path / "out")
     assert ran.exit_code == 2 and "recipe of 'full': unknown key 'epcohs'; did you mean 'epochs'" in ran.stderr
 
 

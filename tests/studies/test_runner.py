@@ -46,7 +46,7 @@ def dies(one: Study, run: Run, device: str, progress: Any = None) -> dict[str, A
 
 def go(folder: Path, execute: runner.Execute = fake, jobs: int = 1, which: Study | None = None) -> list[dict[str, Any]]:
     which = which or study()
-    return runner.run(which, folder, jobs=jobs, execute=execute, runs=which.runs())
+    return runner.run(which, folder, jobs=jobs, execute=execute, runs=which.runs(), pack=False)
 
 
 def lines(folder: Path) -> list[str]:

@@ -91,10 +91,10 @@ def test_do_alone_gives_batches_and_dropout(tiny_model: Path, monkeypatch: pytes
         record: list[Any] = []
         inputs = single.Encoded.inputs
 
-        def watched(self: Any, rows: list[int]) -> Any:
+        def watched(self: Any, rows: list[int], width: int | None = None) -> Any:
             if torch.is_grad_enabled():
                 record.append((rows, torch.initial_seed()))
-            return inputs(self, rows)
+            return inputs(self, rows, width)
 
         monkeypatch.setattr(single.Encoded, "inputs", watched)
         run(tiny_model, name, wi=wi, do=do)
@@ -139,8 +139,8 @@ def test_batches_of_like_length_hold_every_row_once_an_epoch_and_less_padding(ti
     def batches(grouped: bool, do: int) -> list[list[int]]:
         recipe = dataclasses.replace(QUICK, batch=4, group_by_length=grouped)
         device = torch.device("cpu")
-        state = single._Run(tiny_model, method("full"), make_task(), recipe, Seeds(0, do), False, True, device, None)
-        source = state._batches()
+        state = single.Tuning(tiny_model, method("full"), make_task(), recipe, Seeds(0, do), False, True, device, None)
+        source = state.batches()
         return [next(source) for _ in range(2 * state.per_epoch)]
 
     lengths = [len(text.split()) for text in make_task().train.texts]
@@ -185,9 +185,9 @@ def test_linear_probing_computes_features_once_and_the_same(
     rows: list[int] = []
     inputs = single.Encoded.inputs
 
-    def watched(self: Any, given: list[int]) -> Any:
+    def watched(self: Any, given: list[int], width: int | None = None) -> Any:
         rows.extend(given)
-        return inputs(self, given)
+        return inputs(self, given, width)
 
     monkeypatch.setattr(single.Encoded, "inputs", watched)
     cached = run(folder, "lp", dropout=False)
