@@ -76,8 +76,11 @@ def check(model: nn.Module, trained: Mapping[str, nn.Parameter], binders: Binder
     for g, outputs in enumerate(own):
         for i, output in enumerate(outputs):
             rows = together[i].chunk(2)[g] if together[i].dim() else together[i]
-            if output.dim() and (reason := pattern.difference(output, rows)):
-                return f"replica {g} of 2 is not what it is alone: {reason}"
+            if output.dim() and pattern.difference(output, rows):
+                off = (
+                    f"by {(output - rows).abs().max():.2g}" if output.shape == rows.shape else f"in shape {rows.shape}"
+                )
+                return f"two replicas in a batch are not what they are alone: replica {g} differs {off}"
     return ""
 
 
@@ -92,9 +95,10 @@ def _noise(p: Tensor, generator: torch.Generator) -> Tensor:
     return torch.randn(p.shape, generator=generator, device=generator.device).to(p.dtype)
 
 
-def _inputs(root: nn.Module) -> dict[str, Tensor]:
-    """The trace's short input with different contents in every row."""
+def _inputs(root: Any) -> dict[str, Tensor]:
+    """The trace's short input with different contents in every row, each closed by the model's end token."""
     found: dict[str, Tensor] = {}
+    end = getattr(root.config, "eos_token_id", None)  # T5 and BART look for it
     for name, value in trace.inputs(root).items():
         if not isinstance(value, Tensor):
             continue
@@ -103,6 +107,9 @@ def _inputs(root: nn.Module) -> dict[str, Tensor]:
         else:
             rolls = 0 if name == "attention_mask" else 1
             found[name] = torch.cat([value.roll(rolls * i, -1) for i in range(2 * _ROWS)])
+            if isinstance(end, int) and name.endswith("input_ids"):
+                found[name] = found[name].masked_fill(found[name] == end, end + 1 if end else 1)
+                found[name][:, 3] = end
     return found
 
 

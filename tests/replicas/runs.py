@@ -23,14 +23,15 @@ CASES = [
     (family, regime)
     for family in QV
     for regime in REGIMES
-    if not (family == "llama" and regime in ("bitfit", "adapter"))  # no biases; adapters are for post-norm blocks
+    if not (family == "llama" and regime == "adapter")  # which are for post-norm blocks
 ]
 
 
 def make(family: str, regime: str, **changes: Any) -> nn.Module:
     """A small random model with what trains chosen, every dropout on."""
     if family == "llama":
-        changes = {"attention_dropout": 0.1} | changes
+        biases = regime == "bitfit"
+        changes = {"attention_dropout": 0.1, "attention_bias": biases, "mlp_bias": biases} | changes
     model: Any = build(family, **changes)
     torch.manual_seed(1)
     if regime == "lora":

@@ -29,7 +29,7 @@ def lr(g: int) -> float:
 
 def no_gradient(name: str) -> bool:
     """Softmax does not see the keys' bias: its gradient is rounding alone, which Adam scales up to steps."""
-    return name.endswith("key.bias")
+    return name.endswith(("key.bias", "k_proj.bias"))
 
 
 LIKE_LAYERNORM = ("layernorm-attention", "layernorm-ffn")
@@ -73,6 +73,15 @@ def test_every_memory_level_draws_each_replicas_masks_again(family: str, regime:
     runs = pk.replicate(make(family, regime), SEEDS, init=init, memory=memory)
     starts = [runs.replica(g) for g in range(3)]
     losses = packed(runs, family, lr, 5, {1: 3})
+    for g, alone in enumerate(starts):
+        assert losses[g] == pytest.approx(solo(alone, family, SEEDS[g][1], lr(g), len(losses[g])), rel=1e-5)
+
+
+@pytest.mark.parametrize("family", ("electra", "albert", "modernbert", "t5 gated", "gpt2", "gemma", "vit"))
+def test_other_families_pack_as_well(family: str) -> None:
+    runs = pk.replicate(make(family, "layernorm"), SEEDS, init=init)
+    starts = [runs.replica(g) for g in range(3)]
+    losses = packed(runs, family, lr, 4, {0: 2})
     for g, alone in enumerate(starts):
         assert losses[g] == pytest.approx(solo(alone, family, SEEDS[g][1], lr(g), len(losses[g])), rel=1e-5)
 

@@ -76,7 +76,7 @@ REFUSED = {
     "random": "_sampled trains, but the forward of .* is not known to read it",
     "own dropout": r"dropout \(OwnDropout.*torch's own random numbers in training",
     "unknown module": "LayerNorm.weight trains, but the forward of Mixer takes no replica axis",
-    "over the batch": "replica 0 of 2 is not what it is alone",
+    "over the batch": "two replicas in a batch are not what they are alone: replica 0 differs by",
     "a replaced forward": "classifier.weight trains, but the forward of this Linear was replaced",
     "nothing trains": "no parameter requires a gradient",
     "lora on an embedding": "lora_embedding_A.* trains, but",
