@@ -10,6 +10,7 @@ import io
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from statistics import median
 from typing import Any
 
 from rich.table import Table
@@ -73,9 +74,23 @@ class Cell:
         return {(r["wi"], r["do"]): v for r, v in zip(self.records, self.values, strict=True)}
 
     @property
-    def percent(self) -> float:
+    def percents(self) -> list[float]:
+        """Of the pretrained model's scalars, those that train in each stage, as the papers count (see _percent)."""
         outcome = self.records[0]["outcome"]
-        return 100 * outcome["trained"] / outcome["total"]
+        return [_percent(stage["trained"], stage["head"], outcome["total"]) for stage in outcome["stages"]]
+
+    @property
+    def trains_all(self) -> bool:
+        return self.percents[-1] >= 100
+
+
+def _percent(trained: int, head: int, total: int) -> float:
+    """The head counts only where it trains alone, or with everything else."""
+    return 100 * (head if not trained else trained + head if trained + head == total else trained) / total
+
+
+def _share(percent: float) -> str:
+    return f"{percent:.2f}%" if percent >= 1 else f"{percent:.4f}%"
 
 
 def value(record: Record, part: str = "test") -> float | None:
@@ -155,7 +170,14 @@ def to_csv(study: Study, records: Sequence[Record]) -> str:
     for i, cell in enumerate(found):
         c = compared.get(i)
         tests = (c.p_up, c.p_down, c.arrow) if c else ("", "", "")
-        row = [cell.column, cell.method, cell.vary, cell.stop_on, cell.patched, f"{cell.percent:.6g}"]
+        row = [
+            cell.column,
+            cell.method,
+            cell.vary,
+            cell.stop_on,
+            cell.patched,
+            ";".join(f"{p:.6g}" for p in cell.percents),
+        ]
         writer.writerow([*row, *(getattr(cell.summary, name) for name in names), *tests])
     return out.getvalue()
 
@@ -204,7 +226,7 @@ def _main(study: Study, found: Sequence[Cell]) -> Grid:
             mean = sum(means[-1][i] for i in own) / len(own)
             means[-1].append(mean)
             texts.append("-" if math.isnan(mean) else f"{100 * mean:.1f}")
-        rows.append([method, f"{present[0].percent:.2f}%", *texts])
+        rows.append([method, ", then ".join(_share(p) for p in present[0].percents), *texts])
     strong: dict[tuple[int, int], int] = {}
     for c in range(len(means[0])):
         ranked = sorted((r for r in range(len(rows)) if not math.isnan(means[r][c])), key=lambda r: -means[r][c])
@@ -216,7 +238,8 @@ def _main(study: Study, found: Sequence[Cell]) -> Grid:
 def _notes(study: Study, found: Sequence[Cell]) -> list[str]:
     metrics = {c.column: c.records[0]["primary"] for c in found}
     notes = [f"Mean and standard deviation of {max(c.summary.total for c in found)} runs, in percent: "]
-    notes[0] += ", ".join(f"{column} {metric}" for column, metric in metrics.items()) + ". Trained: the head included."
+    notes[0] += ", ".join(f"{column} {metric}" for column, metric in metrics.items()) + "."
+    notes.append("% trained: of the pretrained model, stage by stage, without the head where more than it trains.")
     if study.reference:
         corrected = "" if study.correction == "none" else f", corrected by {study.correction}"
         notes.append(
@@ -231,7 +254,7 @@ def _notes(study: Study, found: Sequence[Cell]) -> list[str]:
 def _layers(layered: Sequence[Cell], whole: Sequence[Cell]) -> Grid:
     """Tasks down, layers across (the first paper's Table 3)."""
     columns, methods = _order(c.column for c in layered), _order(c.method for c in layered)
-    full = [m for m in _order(c.method for c in whole) if any(c.method == m and c.percent > 99.99 for c in whole)]
+    full = [m for m in _order(c.method for c in whole) if any(c.method == m and c.trains_all for c in whole)]
     at = {(c.method, c.column): mean_std(c.summary) for c in [*layered, *whole]}
     rows = [[column, *(at.get((m, column), "-") for m in [*methods, *full])] for column in columns]
     return Grid("One layer at a time", ["task", *methods, *full], rows)
@@ -306,22 +329,42 @@ def _spread(study: Study, found: Sequence[Cell]) -> Grid:
 
 
 def _cost(found: Sequence[Cell]) -> Grid:
-    """Wall time and peak memory of a run, stock beside patched."""
+    """Wall time and peak memory of a run, stock beside patched, and the median of the runs' ratios."""
     rows = []
     for column, method in _order((c.column, c.method) for c in found if "→" not in c.column):
-        mine = [c for c in found if (c.column, c.method) == (column, method)]
+        pairs: dict[tuple[Any, ...], dict[bool, dict[str, Any]]] = {}
+        for c in (c for c in found if (c.column, c.method) == (column, method)):
+            for r in c.records:
+                pairs.setdefault((c.vary, c.stop_on, r["wi"], r["do"]), {})[c.patched] = r["outcome"]
+        both = [pair for pair in pairs.values() if len(pair) == 2]
+        if not both:
+            continue
         row = [column, method]
-        for name, unit in (("seconds", 1.0), ("peak_bytes", 2**20)):
-            both = []
-            for patched in (False, True):
-                values = [r["outcome"][name] for c in mine if c.patched is patched for r in c.records]
-                values = [v / unit for v in values if v]
-                both.append(sum(values) / len(values) if values else math.nan)
-            row += [f"{b:,.1f}" if not math.isnan(b) else "-" for b in both]
-            row.append(f"{both[1] / both[0]:.2f}" if both[0] > 0 and not math.isnan(both[1]) else "-")
+        for cost, form in ((_seconds, "{:,.1f}"), (_peak, "{:,.0f}"), (_rise, "{:,.0f}")):
+            stock, patched = ([cost(pair[which]) for pair in both] for which in (False, True))
+            row += [form.format(median(values)) for values in (stock, patched)]
+            row.append(f"{median(p / s for p, s in zip(patched, stock, strict=True)):.2f}" if all(stock) else "-")
         rows.append(row)
-    head = ["task", "method", "s, stock", "patched", "ratio", "MiB, stock", "patched", "ratio"]
-    return Grid("Wall time and peak memory of a run", head, rows)
+    head = ["task", "method"]
+    for name in ("s", "peak, MiB", "above loaded model, MiB"):
+        head += [f"{name}: stock", "patched", "ratio"]
+    notes = [
+        "Medians over the runs; the ratios are medians of the ratios of a patched run and the stock run beside it.",
+        "Seconds: training and its evaluations. Memory: resident on a CPU, allocated on a GPU.",
+    ]
+    return Grid("Wall time and peak memory of a run", head, rows, notes)
+
+
+def _seconds(outcome: dict[str, Any]) -> float:
+    return float(outcome["seconds"])
+
+
+def _peak(outcome: dict[str, Any]) -> float:
+    return max(stage["peak_bytes"] for stage in outcome["stages"]) / 2**20
+
+
+def _rise(outcome: dict[str, Any]) -> float:
+    return max(stage["peak_bytes"] - stage["loaded_bytes"] for stage in outcome["stages"]) / 2**20
 
 
 def _order(values: Iterable[Any]) -> list[Any]:

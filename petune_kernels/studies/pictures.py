@@ -169,7 +169,7 @@ def layer_curve(layered: Sequence[Cell], whole: Sequence[Cell]) -> Figure | None
             style: dict[str, Any] = {"color": COLOURS[i % len(COLOURS)], "linestyle": LINES[i % len(LINES)]}
             axis.errorbar(x, [100 * c.summary.mean for c in curve], error, marker="o", capsize=3, label=label, **style)
         for c in whole:
-            if c.column == column and c.percent > 99.99:
+            if c.column == column and c.trains_all:
                 axis.axhline(100 * c.summary.mean, color="black", linewidth=0.9, linestyle=":", label=c.method)
         axis.set(title=column, xlabel="layer", ylabel=f"{mine[0].records[0]['primary']}, %", xticks=x)
         axis.grid(alpha=0.25)

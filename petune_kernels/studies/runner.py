@@ -139,6 +139,7 @@ def run(
     device = local_device(device)
     path = folder / ("runs.jsonl" if world == 1 else f"runs.{place}.jsonl")
     header = {"spec": dataclasses.asdict(study), "command": " ".join(["petune", *sys.argv[1:]])}
+    header |= {"started": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
     with store.Store(path, study, header | {"machine": machine.describe()}) as results:
         if results.recovered:
             console.print(f"{path}: half a line at the end was cut off; its run is done again", markup=False)

@@ -5,6 +5,7 @@ A step's batch and dropout depend on `Seeds.do` and the step's number alone, ini
 
 from __future__ import annotations
 
+import functools
 import gc
 import math
 import random
@@ -109,21 +110,21 @@ class Outcome:
 
     validation: loss and metrics at the selected checkpoint; test: metrics by test part, there too. history: one entry
     per evaluation (stage, step over all stages, train_loss since the last one, loss and metrics, seconds). stages:
-    name, trained scalars, steps, seconds. trained: scalars that train in the last stage, head included; total: those of
-    the pretrained model with its head. seconds: training and its evaluations, without loading and the test.
-    peak_bytes: resident (CPU) or allocated (GPU) memory while training; on a CPU that of the whole process.
-    failed: why the run gave no result (a loss that is not finite), with empty metrics. model: with keep_model,
-    unpatched and in evaluation mode.
+    name, trained (scalars that train, without the head's), head (those of the head), steps, seconds, and loaded_bytes
+    and peak_bytes: resident (CPU, the whole process) or allocated (GPU) memory before the stage's first step, with the
+    model loaded and patched, and at most while it trains. memory: how they were read. total: scalars of the pretrained
+    model with its head. seconds: everything from the loaded model to the trained one, patching and evaluations too;
+    without loading and the test. failed: why the run gave no result (a loss that is not finite), with empty metrics.
+    model: with keep_model, unpatched and in evaluation mode.
     """
 
     validation: dict[str, float]
     test: dict[str, dict[str, float]]
     history: list[dict[str, Any]]
     stages: list[dict[str, Any]]
-    trained: int
     total: int
     seconds: float
-    peak_bytes: int | None
+    memory: str
     failed: str | None = None
     model: nn.Module | None = None
 
@@ -148,7 +149,7 @@ def tune_once(
     """
     run = _Run(Path(folder), method, task, recipe, seeds, patched, dropout, torch.device(device), progress)
     try:
-        peak = peak_memory(run.train, run.device)
+        run.train()
         test = {name: run.evaluate(part)[1] for name, part in task.tests.items()} if run.failed is None else {}
     except (ValueError, pk.PatchError) as error:
         raise error if isinstance(error, InputError) else InputError(f"method {method.name!r}: {error}") from error
@@ -160,10 +161,9 @@ def tune_once(
         test=test,
         history=run.history,
         stages=run.stages,
-        trained=run.stages[-1]["trained"],
         total=run.total,
         seconds=run.seconds,
-        peak_bytes=peak.peak,
+        memory=run.memory,
         failed=run.failed,
         model=run.model.eval() if keep_model else None,
     )
@@ -195,6 +195,7 @@ class _Run:
             )
         self._data: dict[int, Encoded] = {}
         self.train_data = self._encoded(task.train)
+        self._encoded(task.validation)  # now, or the first evaluation's time would have it
         self.per_epoch = -(-len(task.train) // recipe.batch)
         self.steps = recipe.steps or max(1, round((recipe.epochs or 0) * self.per_epoch))
         if self.steps < len(self._plan):
@@ -204,13 +205,16 @@ class _Run:
         self.stages: list[dict[str, Any]] = []
         self.selected: dict[str, float] = {}
         self.failed: str | None = None
-        self.seconds, self.total, self._done = 0.0, 0, 0
+        self.seconds, self.total, self.memory = 0.0, 0, ""
+        self._loading, self._done = 0.0, 0
         self._head: HeadOnly | None = None
 
     def load(self) -> nn.Module:
-        dtype = train.DTYPES[self.recipe.dtype]
+        start, dtype = time.perf_counter(), train.DTYPES[self.recipe.dtype]
         labels, wi = self.task.labels, self.seeds.wi
-        return train.load_model(self._folder, labels, wi, dtype, self.device, self._dropout)
+        model = train.load_model(self._folder, labels, wi, dtype, self.device, self._dropout)
+        self._loading += time.perf_counter() - start
+        return model
 
     def train(self) -> None:
         first: nn.Module | None = self.load()
@@ -219,7 +223,7 @@ class _Run:
         setting = Setting(self.load, self.seeds.wi, self._losses, read(first).head, first)
         del first
         batches = self._batches()
-        start = time.perf_counter()
+        start, self._loading = time.perf_counter(), 0.0
         for i, stage in enumerate(self._plan):
             last = i == len(self._plan) - 1
             left = self.steps - self._done
@@ -235,10 +239,13 @@ class _Run:
             self.model.train()
             if stage.head_only and not self._dropout:
                 self._head = HeadOnly.of(self.model, setting.head, self.train_data, self.recipe.batch)
-            self._stage(stage, around, steps, batches, setting.head, last, start)
+            work = functools.partial(self._stage, stage, around, steps, batches, setting.head, last, start)
+            peak = peak_memory(work, self.device)
+            self.stages[-1] |= {"loaded_bytes": peak.before, "peak_bytes": peak.peak}
+            self.memory = peak.method
             if self.failed:
                 break
-        self.seconds = time.perf_counter() - start
+        self.seconds = time.perf_counter() - start - self._loading
 
     def _stage(
         self, stage: Stage, around: Any, steps: int, batches: Iterator[list[int]], head: tuple[str, ...], last: bool,
@@ -248,16 +255,15 @@ class _Run:
         recipe, model, began = self.recipe, self.model, time.perf_counter()
         trained = [p for p in model.parameters() if p.requires_grad]
         rate = stage.lr or recipe.lr
-        groups = [(trained, rate)]
-        if stage.head_lr is not None:
-            of_head = {id(p) for p in head_of(model, head).values()}
-            heads, others = ([p for p in trained if (id(p) in of_head) == own] for own in (True, False))
-            groups = [(heads, stage.head_lr), (others, rate)]
+        of_head = {id(p) for p in head_of(model, head).values()}
+        heads, others = ([p for p in trained if (id(p) in of_head) == own] for own in (True, False))
+        groups = [(trained, rate)] if stage.head_lr is None else [(heads, stage.head_lr), (others, rate)]
         updates = train.Updates(
             groups, steps, recipe.warmup, recipe.clip,
             betas=recipe.betas, eps=recipe.eps, weight_decay=recipe.weight_decay,
         )  # fmt: skip
-        report = {"name": stage.name, "trained": sum(p.numel() for p in trained), "steps": 0, "seconds": 0.0}
+        sizes = {"trained": sum(p.numel() for p in others), "head": sum(p.numel() for p in heads)}
+        report: dict[str, Any] = {"name": stage.name, **sizes, "steps": 0, "seconds": 0.0}
         self.stages.append(report)
         best, stale, kept, losses = math.inf, 0, list[Tensor](), list[float]()
         every = self.per_epoch if recipe.evaluate_every == "epoch" else int(recipe.evaluate_every)
@@ -304,7 +310,7 @@ class _Run:
         loss, metrics = self.evaluate(self.task.validation)
         found = {"loss": loss} | metrics
         past = {"stage": stage.name, "step": self._done, "train_loss": sum(losses) / len(losses)}
-        self.history.append(past | found | {"seconds": time.perf_counter() - start})
+        self.history.append(past | found | {"seconds": time.perf_counter() - start - self._loading})
         if not math.isfinite(loss):
             self.failed = f"the validation loss after step {self._done} is {loss}"
         return found

@@ -37,10 +37,11 @@ class Recipe:
 class Outcome:
     test: dict[str, dict[str, float]]
     validation: dict[str, float] = field(default_factory=dict)
-    trained: int = 5
     total: int = 100
     seconds: float = 1.0
-    peak_bytes: int = 2**20
+    stages: list[dict[str, Any]] = field(
+        default_factory=lambda: [{"trained": 5, "head": 2, "loaded_bytes": 2**19, "peak_bytes": 2**20}]
+    )
     failed: str | None = None
     history: list[dict[str, float]] = field(default_factory=list)
     model: Any = None

@@ -26,7 +26,9 @@ LEVELS = {"FT": 0.8, "lora": 0.7, "bitfit": 0.6, "frozen": 0.5}
 
 
 def record(run: Run, value: float | None, rows: int = 400, **outcome: Any) -> dict[str, Any]:
-    trained = {"FT": 1000, "frozen": 2}.get(run.method.title, 50)
+    trained = {"FT": 998, "frozen": 0}.get(run.method.title, 50)
+    cost = 10 if run.patched else 20
+    stage = {"trained": trained, "head": 2, "loaded_bytes": 2**20 * 10, "peak_bytes": 2**20 * 2 * cost}
     parts = {"test": value, **{name: None if value is None else value - 0.1 for name in run.task.out_of_domain}}
     task = SimpleNamespace(
         primary="accuracy", baseline=dict.fromkeys(parts, 0.5), train=range(rows), validation=(), dropped=0, tests={}
@@ -35,11 +37,10 @@ def record(run: Run, value: float | None, rows: int = 400, **outcome: Any) -> di
         "outcome": {
             "failed": value is None,
             "test": {part: {"accuracy": v} for part, v in parts.items()},
-            "trained": trained,
+            "stages": [stage],
             "total": 1000,
             "history": [{"step": s, "accuracy": None if value is None else value - 1 / s} for s in (10, 20)],
-            "seconds": 10.0 if run.patched else 20.0,
-            "peak_bytes": 2**20 * (30 if run.patched else 60),
+            "seconds": float(cost),
         }
         | outcome,
     }
@@ -143,12 +144,9 @@ def test_layers_seeds_cost_and_out_of_domain() -> None:
     assert grids["Wall time and peak memory of a run"].rows[0] == [
         "movie",
         "FT",
-        "20.0",
-        "10.0",
-        "0.50",
-        "60.0",
-        "30.0",
-        "0.50",
+        *("20.0", "10.0", "0.50"),
+        *("40", "20", "0.50"),
+        *("30", "10", "0.33"),
     ]
 
 
