@@ -23,8 +23,8 @@ class Encoded:
     def __len__(self) -> int:
         return len(self._labels)
 
-    def by_length(self) -> list[int]:
-        return sorted(range(len(self)), key=lambda i: len(self._encoded["input_ids"][i]))
+    def by_length(self, rows: Iterable[int]) -> list[int]:
+        return sorted(rows, key=lambda i: len(self._encoded["input_ids"][i]))
 
     def inputs(self, rows: list[int]) -> Mapping[str, Tensor]:
         columns = {name: [values[i] for i in rows] for name, values in self._encoded.items()}
@@ -57,7 +57,7 @@ class HeadOnly:
 
     def __call__(self, data: Encoded, rows: list[int]) -> Tensor:
         if id(data) not in self._features:
-            order, found = data.by_length(), []
+            order, found = data.by_length(range(len(data))), []
             with torch.no_grad():
                 for some in chunks(order, self._batch):
                     features = self._run(data, some)[1]

@@ -24,7 +24,7 @@ import petune_kernels as pk
 from petune_kernels.regimes.structure import read
 
 from . import train
-from .data import chunks
+from .data import POOL, chunks
 from .encoded import Encoded, HeadOnly
 from .errors import InputError
 from .measure import peak_memory
@@ -53,15 +53,17 @@ class Recipe:
     """How to train; the defaults are mostly the second paper's.
 
     epochs or steps: one of them, for all stages together; a last smaller batch of an epoch counts. length: tokens, at
-    most. warmup: share of a stage's steps. weight_decay: of all that trains. clip: norm of all gradients.
-    evaluate_every: "epoch" or a number of steps. stop_on: "loss" or "metric" (the task's primary one) of the validation
-    part chooses the checkpoint; after `patience` evaluations without a better one training stops (None: never).
-    keep: "best" or "last". Checkpoints and patience belong to the last stage.
+    most. group_by_length: a batch holds rows of like length, which saves padding. warmup: share of a stage's steps.
+    weight_decay: of all that trains. clip: norm of all gradients. evaluate_every: "epoch" or a number of steps.
+    stop_on: "loss" or "metric" (the task's primary one) of the validation part chooses the checkpoint; after `patience`
+    evaluations without a better one training stops (None: never). keep: "best" or "last". Checkpoints and patience
+    belong to the last stage.
     """
 
     lr: float
     batch: int = 16
     length: int = 128
+    group_by_length: bool = False
     epochs: float | None = None
     steps: int | None = None
     warmup: float = 0.06
@@ -84,6 +86,7 @@ class Recipe:
         rules: list[tuple[str, bool, str]] = [
             ("lr", _is(self.lr, real) and 0 < self.lr < math.inf, "a number over 0"),
             ("batch", _is(self.batch, whole) and self.batch >= 1, "an int from 1"),
+            ("group_by_length", type(self.group_by_length) is bool, "true or false"),
             ("length", _is(self.length, whole) and self.length >= 2, "an int from 2"),
             ("epochs", self.epochs is None or _is(self.epochs, real) and 0 < self.epochs < math.inf, "over 0"),
             ("steps", self.steps is None or _is(self.steps, whole) and self.steps >= 1, "an int from 1"),
@@ -322,7 +325,7 @@ class _Run:
         data, training = self._encoded(part), self.model.training
         self.model.eval()
         outputs, total = list[Tensor](), 0.0
-        order = data.by_length()
+        order = data.by_length(range(len(data)))
         for rows in chunks(order, self.recipe.batch):
             logits = self._logits(data, rows)
             total += self._loss(logits, data.labels(rows)).item() * len(rows)
@@ -358,12 +361,22 @@ class _Run:
             yield lambda rows=rows, step=step: loss(rows, step)  # type: ignore[misc]
 
     def _batches(self) -> Iterator[list[int]]:
-        """Rows of batches without end, reshuffled every epoch; the last one of an epoch may be smaller."""
-        shuffle = random.Random(self.seeds.do)
+        """Rows of batches without end, reshuffled every epoch, one of which may be smaller (as a rule the last).
+
+        With group_by_length the rows of POOL batches together are sorted by length and cut into batches, whose order
+        is shuffled again.
+        """
+        shuffle, size = random.Random(self.seeds.do), self.recipe.batch
         order = list(range(len(self.task.train)))
         while True:
             shuffle.shuffle(order)
-            yield from chunks(list(order), self.recipe.batch)
+            if not self.recipe.group_by_length:
+                yield from chunks(list(order), size)
+                continue
+            for pool in chunks(list(order), POOL * size):
+                batches = list(chunks(self.train_data.by_length(pool), size))
+                shuffle.shuffle(batches)
+                yield from batches
 
     def _encoded(self, part: Examples) -> Encoded:
         if id(part) not in self._data:

@@ -135,6 +135,26 @@ def test_patience_counts_evaluations_without_a_better_one(tiny_model: Path) -> N
     assert len(losses) < 60 and losses.index(min(losses)) == len(losses) - 4
 
 
+def test_batches_of_like_length_hold_every_row_once_an_epoch_and_less_padding(tiny_model: Path) -> None:
+    def batches(grouped: bool, do: int) -> list[list[int]]:
+        recipe = dataclasses.replace(QUICK, batch=4, group_by_length=grouped)
+        device = torch.device("cpu")
+        state = single._Run(tiny_model, method("full"), make_task(), recipe, Seeds(0, do), False, True, device, None)
+        source = state._batches()
+        return [next(source) for _ in range(2 * state.per_epoch)]
+
+    lengths = [len(text.split()) for text in make_task().train.texts]
+
+    def padding(found: list[list[int]]) -> int:
+        return sum(max(lengths[i] for i in rows) - lengths[k] for rows in found for k in rows)
+
+    plain, grouped = batches(False, 1), batches(True, 1)
+    assert grouped == batches(True, 1) != batches(True, 2)
+    for epoch in (grouped[:13], grouped[13:]):
+        assert sorted(i for rows in epoch for i in rows) == list(range(50)) and max(map(len, epoch)) == 4
+    assert padding(grouped) < 0.6 * padding(plain)
+
+
 @pytest.mark.parametrize("name", ["eh-ft", "lp-ft"])
 def test_the_first_stage_has_a_tenth_of_the_steps(tiny_model: Path, name: str) -> None:
     outcome = run(tiny_model, name, dataclasses.replace(QUICK, steps=30))
