@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -17,8 +18,9 @@ from torch import Tensor, nn
 
 from petune_kernels.regimes.structure import read
 
-from . import pictures, runner
+from . import adapter, pictures, runner
 from .errors import InputError
+from .methods import plain_names
 from .study import Study
 from .tasks import Examples
 
@@ -63,16 +65,32 @@ def feature_change(before: np.ndarray, after: np.ndarray) -> float:
 
 
 @torch.no_grad()
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    """The model's weights as it computes with them, by the names of the model without PEFT or adapters.
+
+    LoRA's product is added to its weight; a prefix and bottleneck adapters, which no weight holds, are left out. The
+    model is left as it is; what is given is a float32 copy, so that a small product is not rounded away.
+    """
+    copied: Any = copy.deepcopy(model).float()
+    adapter.remove(copied)
+    if hasattr(copied, "merge_and_unload"):  # PEFT's, of what can be merged
+        copied = copied.merge_and_unload()
+    elif hasattr(copied, "get_base_model"):
+        copied = copied.get_base_model()
+    return plain_names(copied.state_dict())
+
+
+@torch.no_grad()
 def weight_change(model: nn.Module, pretrained: Mapping[str, Tensor]) -> dict[str, float]:
-    """Mean |delta w| of each parameter that stands in `pretrained` (a state dict) under the same name and shape.
+    """Mean |delta w| of each weight (see `weights`) that stands in `pretrained`, a state dict, with the same shape.
 
     What is new, such as a head or an adapter, has no pretrained value and is left out. Raises InputError where no name
     is shared.
     """
-    parameters = {n: p for n, p in model.named_parameters() if n in pretrained and pretrained[n].shape == p.shape}
-    if not parameters:
-        raise InputError("the model and the pretrained state share no parameter name")
-    return {n: (p.double().cpu() - pretrained[n].double().cpu()).abs().mean().item() for n, p in parameters.items()}
+    found = {n: w for n, w in weights(model).items() if n in pretrained and pretrained[n].shape == w.shape}
+    if not found:
+        raise InputError("the model and the pretrained state share no weight")
+    return {n: (w.double().cpu() - pretrained[n].double().cpu()).abs().mean().item() for n, w in found.items()}
 
 
 @torch.no_grad()
@@ -98,7 +116,7 @@ def analyse(study: Study, folder: Path, device: str, say: Callable[[str], None] 
     For each task: t-SNE of features of the training and the test part (classification), mean |delta w| by block, the
     features' mean L2 change, and the numbers as JSON. For the study: mean |w| by kind of module before tuning.
     """
-    from .train import load_model, load_tokenizer
+    from .train import DTYPES, load_model, load_tokenizer
 
     source = runner.model_folder(study.model)
     tokenizer = load_tokenizer(source)
@@ -111,22 +129,24 @@ def analyse(study: Study, folder: Path, device: str, say: Callable[[str], None] 
         task = runner.load_task(mine[0].task)
         parts = {"train": task.train, "test": next(iter(task.tests.values()))}
         parts = {name: part.take(range(min(ROWS, len(part)))) for name, part in parts.items()}
-        before = load_model(source, task.labels, first, torch.float32, torch.device(device))
-        state = {name: value.detach().cpu().clone() for name, value in before.state_dict().items()}
+        before: nn.Module | None = None
         points: dict[str, tuple[np.ndarray, Any]] = {}
         moved: dict[str, dict[str, float]] = {}
         numbers: dict[str, Any] = {}
         for one in mine:
             say(f"analysing {one.id}")
             model = runner.tuned(study, one, device, keep_model=True).model
-            length = runner.recipe_of(study, one).length
-            numbers[one.method.title] = {"features": {}, "weights": weight_change(model, state)}
+            recipe = runner.recipe_of(study, one)
+            before = load_model(source, task.labels, first, DTYPES[recipe.dtype], torch.device(device))
+            length = recipe.length
+            numbers[one.method.title] = {"features": {}, "weights": weight_change(model, before.state_dict())}
             moved[one.method.title] = _by_block(numbers[one.method.title]["weights"])
             for name, part in parts.items():
                 now = features(model, tokenizer, part, length)
                 change = feature_change(features(before, tokenizer, part, length), now)
                 numbers[one.method.title]["features"][name] = change
                 points[f"{one.method.title}, {name}"] = (now, part.labels)
+        assert before is not None
         stem = "analysis-" + re.sub(r"\W+", "-", "-".join(title)).strip("-")
         figures = {
             "weights": pictures.bars(moved, f"{title[0]}: change of weights", "mean |Δw|"),

@@ -9,7 +9,7 @@ import difflib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +48,7 @@ class Setting:
         torch.manual_seed(self.wi * STRIDE + 1)
 
 
+Value = TypeVar("Value")
 Prepare = Callable[[Setting], tuple[nn.Module, "Around | None"]]
 
 
@@ -107,8 +108,13 @@ def head_of(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Parameter]:
     """The head's parameters by their `names` in a model without PEFT, also from a PEFT model, which trains a copy."""
     unwrap: Any = getattr(model, "get_base_model", None)
     base = model if unwrap is None else unwrap()
-    plain = {n.replace(".modules_to_save.default", ""): p for n, p in base.named_parameters() if not _shadowed(n)}
+    plain = plain_names(dict(base.named_parameters()))
     return {name: plain[name] for name in names}
+
+
+def plain_names(named: Mapping[str, Value]) -> dict[str, Value]:
+    """Parameters or a state dict of what PEFT has wrapped, by the names from before; of copied modules the copy."""
+    return {n.replace(".modules_to_save.default", ""): value for n, value in named.items() if not _shadowed(n)}
 
 
 def _shadowed(name: str) -> bool:
