@@ -4,24 +4,27 @@
 
 stands in the place of a block's closing projection, so it comes before the dropout, the residual sum and, in post-norm
 blocks, the LayerNorm: Houlsby's has one after attention and one after the feed-forward network, Pfeiffer's the latter
-only. (AdapterHub's Pfeiffer configuration runs the pretrained LayerNorm once more before its adapter; the parameters are
-the same ones.) Per block and place that is 2 H (H/r) + H/r + H parameters. `pk.patch` may come before or after.
+only. (AdapterHub's Pfeiffer configuration runs the pretrained LayerNorm once more before its adapter; it has the same
+parameters.) Per block and place that is 2 H (H/r) + H/r + H parameters. `pk.patch` may come before or after.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification
 
 from petune_kernels.patch import trace
 from petune_kernels.regimes.structure import Anatomy, read
 
 PLACEMENTS = {"pfeiffer": ("ffn",), "houlsby": ("attention", "ffn")}
-_CONFIG, _WEIGHTS = "adapter_config.json", "adapter.safetensors"
+_CONFIG, _WEIGHTS, _BASE = "bottlenecks.json", "bottlenecks.safetensors", "base"
 
 
 class Adapted(nn.Module):
@@ -83,7 +86,7 @@ def adapters(model: nn.Module) -> dict[str, Adapted]:
 
 
 def save(model: nn.Module, folder: Path) -> None:
-    """Writes adapter.safetensors (the adapters alone) and adapter_config.json. ValueError without adapters."""
+    """Writes the adapters alone: bottlenecks.safetensors and bottlenecks.json. ValueError without adapters."""
     found = adapters(model)
     if not found:
         raise ValueError("model: it has no adapter to save")
@@ -91,6 +94,31 @@ def save(model: nn.Module, folder: Path) -> None:
     save_file({k: v.detach().cpu().contiguous() for k, v in _state(found).items()}, folder / _WEIGHTS)
     widths = {path: module.down.out_features for path, module in found.items()}
     (folder / _CONFIG).write_text(json.dumps({"bottleneck": widths}, indent=1) + "\n", encoding="utf-8")
+
+
+def save_pretrained(model: Any, folder: Path) -> None:
+    """`save`, and the transformers model without its adapters in the folder `base`. ValueError without adapters.
+
+    A folder of its own, or transformers' from_pretrained(folder) would give a model that lacks the adapters.
+    """
+    save(model, folder)
+    plain = copy.deepcopy(model)
+    remove(plain)
+    plain.save_pretrained(folder / _BASE)
+
+
+def from_pretrained(folder: str | Path, auto: Any = AutoModelForSequenceClassification) -> Any:
+    """The model of `save_pretrained`, adapters and head included, in evaluation mode.
+
+    auto: the class of transformers that loads the base. Raises OSError where files are missing, ValueError where they
+    do not fit.
+    """
+    folder = Path(folder)
+    if not (folder / _CONFIG).is_file():
+        raise FileNotFoundError(f"{folder} has no {_CONFIG}; it is no folder that adapter.save_pretrained has written")
+    model = auto.from_pretrained(folder / _BASE, local_files_only=True)
+    load(model, folder)
+    return model
 
 
 @torch.no_grad()

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -18,11 +17,11 @@ from torch import Tensor, nn
 
 from petune_kernels.regimes.structure import read
 
-from . import adapter, pictures, runner
+from . import pictures, runner
 from .errors import InputError
-from .methods import plain_names
 from .study import Study
 from .tasks import Examples
+from .tuned_model import weights
 
 ROWS = 200
 """Rows of each part whose features are read; t-SNE of more is slow and hard to look at."""
@@ -62,22 +61,6 @@ def feature_change(before: np.ndarray, after: np.ndarray) -> float:
     if before.shape != after.shape:
         raise InputError(f"features have the shapes {before.shape} and {after.shape}; expected the same")
     return float(np.linalg.norm(after - before, axis=-1).mean())
-
-
-@torch.no_grad()
-def weights(model: nn.Module) -> dict[str, Tensor]:
-    """The model's weights as it computes with them, by the names of the model without PEFT or adapters.
-
-    LoRA's product is added to its weight; a prefix and bottleneck adapters, which no weight holds, are left out. The
-    model is left as it is; what is given is a float32 copy, so that a small product is not rounded away.
-    """
-    copied: Any = copy.deepcopy(model).float()
-    adapter.remove(copied)
-    if hasattr(copied, "merge_and_unload"):  # PEFT's, of what can be merged
-        copied = copied.merge_and_unload()
-    elif hasattr(copied, "get_base_model"):
-        copied = copied.get_base_model()
-    return plain_names(copied.state_dict())
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ import difflib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from . import adapter
 from . import options as option
 from .regularize import Around, ChildTuning, Mixout, fisher_masks
 from .train import STRIDE
+from .tuned_model import plain_names, shadowed
 
 
 @dataclass
@@ -48,7 +49,6 @@ class Setting:
         torch.manual_seed(self.wi * STRIDE + 1)
 
 
-Value = TypeVar("Value")
 Prepare = Callable[[Setting], tuple[nn.Module, "Around | None"]]
 
 
@@ -110,16 +110,6 @@ def head_of(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Parameter]:
     base = model if unwrap is None else unwrap()
     plain = plain_names(dict(base.named_parameters()))
     return {name: plain[name] for name in names}
-
-
-def plain_names(named: Mapping[str, Value]) -> dict[str, Value]:
-    """Parameters or a state dict of what PEFT has wrapped, by the names from before; of copied modules the copy."""
-    return {n.replace(".modules_to_save.default", ""): value for n, value in named.items() if not _shadowed(n)}
-
-
-def _shadowed(name: str) -> bool:
-    """Whether PEFT keeps this parameter as the untouched original of one that it copied."""
-    return ".original_module." in name
 
 
 def _tuned(regime: str, **fixed: Any) -> Callable[[Mapping[str, Any]], Prepare]:
@@ -307,7 +297,7 @@ def _keep(setting: Setting) -> tuple[nn.Module, None]:
     """The model of the stage before as it is, with its PET parameters; all of it trains."""
     assert setting.model is not None
     for name, p in setting.model.named_parameters():
-        p.requires_grad_(not _shadowed(name))
+        p.requires_grad_(not shadowed(name))
     return setting.model, None
 
 

@@ -127,8 +127,8 @@ def test_files_carry_the_adapters_and_only_them(tmp_path: Path) -> None:
     model, other = tiny(), tiny()
     adapter.insert(model, "houlsby", 4, std=0.5)
     adapter.save(model, tmp_path)
-    assert sorted(f.name for f in tmp_path.iterdir()) == ["adapter.safetensors", "adapter_config.json"]
-    assert (tmp_path / "adapter.safetensors").stat().st_size < 25_000  # of the model's 100 kB
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["bottlenecks.json", "bottlenecks.safetensors"]
+    assert (tmp_path / "bottlenecks.safetensors").stat().st_size < 25_000  # of the model's 100 kB
     adapter.load(other, tmp_path)
     assert other(**IDS).logits.equal(model(**IDS).logits)
     with pytest.raises(ValueError, match="adapters already"):
