@@ -157,11 +157,13 @@ def test_no_records_give_no_tables() -> None:
 @pytest.mark.filterwarnings("error")
 def test_pictures_are_drawn_for_what_the_records_hold(tmp_path: Path) -> None:
     methods = [{"name": "full", "label": "FT"}, *({"name": "lora", "scale": s} for s in ("small", "large"))]
-    which = study(methods=[*methods, {"name": "layernorm", "each_layer": True}])
+    which = study(methods=[*methods, {"name": "layernorm", "each_layer": True}], seeds={"runs": 5})
     found = records(which)
     for r in found:
         if r["scale"] == "small":
             r["outcome"]["test"]["test"]["accuracy"] = 0.5  # no variance: no density
+    few = pictures.draw(which, [r for r in found if r["wi"] < which.seeds.first + 4], tmp_path)
+    assert [path.name for path in few] == ["seeds.png", "best.png", "layers.png"]
     drawn = pictures.draw(which, found, tmp_path)
     assert [path.name for path in drawn] == ["seeds.png", "best.png", "densities.png", "layers.png"]
     for path in drawn:
