@@ -5,7 +5,9 @@ W [..] keeps its Parameter, frozen. Beside it, its module holds `<name>_sampled`
 
     W' = W with W.flatten()[index] = sampled,        d sampled = (dW').flatten()[index]
 
-written in place: W' is W's own memory. Checkpoints know nothing of it: state_dict() first writes the values into W and
+written in place: W' is W's own memory. A linear layer of which few scalars train keeps W itself, which needs no
+gradient, and the n entries of dW' = dYt X are summed from columns of dY and X on the side: no dW', and no X for
+backward but those columns. Checkpoints know nothing of it: state_dict() first writes the values into W and
 leaves the two entries out; load_state_dict() reads the values from the loaded W. Between an optimizer step and the
 next forward or state_dict(), W holds the values of before the step.
 """
@@ -16,10 +18,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 _ATTRIBUTE = "_petune_sampled"
 _VALUES = "_sampled"
 _INDEX = "_sampled_index"
+_FEW = 512
+"""From this many scalars of W for each sampled one, gathering columns is faster than the product dYt X, also in
+bfloat16 on a CPU; docs/decisions.md has the times. Regime random's own budget has more than 1,000."""
 
 
 def draw(total: int, count: int, seed: int) -> Tensor:
@@ -66,6 +72,28 @@ class _Scatter(torch.autograd.Function):
         return None, None, dw.take(index)
 
 
+class _Gather(torch.autograd.Function):
+    """(y [.., N], x [.., K], index [n] into [N, K], values [n]) -> y, which is linear in W [N, K], and d values.
+
+    d values[i] = sum over rows of dy[:, index[i] // K] x[:, index[i] % K], in float32 or better.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, x: Tensor, index: Tensor, values: Tensor) -> Tensor:
+        ctx.width = x.shape[-1]
+        columns, which = (index % ctx.width).unique(return_inverse=True)
+        ctx.save_for_backward(index, which, x.flatten(0, -2).index_select(1, columns), values)
+        return y.view_as(y)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, Tensor]:
+        index, which, x, values = ctx.saved_tensors
+        wide = torch.promote_types(values.dtype, torch.float32)
+        rows = dy.flatten(0, -2).to(wide).index_select(1, index // ctx.width)
+        return dy, None, None, (rows * x.to(wide).index_select(1, which)).sum(0).to(values.dtype)
+
+
 class _Sampled:
     """The hooks of one module (the owner) with sampled parameters. Holds no module, so that copies work."""
 
@@ -78,7 +106,7 @@ class _Sampled:
     def hook(self, host: nn.Module, owner: nn.Module) -> None:
         self.handles += [
             host.register_forward_pre_hook(self.enter),
-            host.register_forward_hook(self.leave, always_call=True),
+            host.register_forward_hook(self.leave, with_kwargs=True, always_call=True),
             owner.register_state_dict_pre_hook(self.before_save),
             owner.register_state_dict_post_hook(_after_save),
             owner.register_load_state_dict_pre_hook(self.before_load),
@@ -105,11 +133,27 @@ class _Sampled:
         self.settle(owner)
         for name, values, index in self.entries(owner):
             w = owner._parameters[name]
+            assert w is not None
+            if self.few(owner, name):
+                _put(w, index, values)
+                continue
             swapped = _Scatter.apply(w, index, values)
             self.homes[name], owner._parameters[name] = w, swapped  # type: ignore[assignment]
 
-    def leave(self, host: nn.Module, args: Any, output: Any) -> None:
-        self.settle(host.get_submodule(self.path))
+    def leave(self, host: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        owner = host.get_submodule(self.path)
+        self.settle(owner)
+        if isinstance(output, Tensor) and torch.is_grad_enabled():  # None: the forward was cut short
+            for name, values, index in self.entries(owner):
+                if self.few(owner, name):
+                    output = _Gather.apply(output, args[0] if args else kwargs["input"], index, values)
+        return output
+
+    def few(self, owner: nn.Module, name: str) -> bool:
+        """Whether this is the weight of a linear layer that is called itself, and few of its scalars train."""
+        w, index = owner._parameters[name], owner._buffers[name + _INDEX]
+        assert w is not None and index is not None
+        return type(owner) is nn.Linear and not self.path and name == "weight" and len(index) * _FEW <= w.numel()
 
     def before_save(self, owner: nn.Module, prefix: str, keep_vars: bool) -> None:
         self.write(owner)

@@ -66,7 +66,8 @@ def tune(
         default: as many as regime layernorm. Which ones depends on the seed alone. Each touched weight W then has
         beside it a Parameter `<name>_sampled` for the optimizer to train; every other scalar of W stays bit-identical
         under any optimizer, and checkpoints have the keys they always had. Another `tune` takes these out again, and
-        W keeps what was trained. A weight that holds sampled scalars costs its full gradient for a moment.
+        W keeps what was trained. A weight of which more than one scalar in 512 trains, and one that is no nn.Linear's,
+        costs its full gradient for a moment.
 
     Raises TypeError for a wrong type, and ValueError for an unknown regime, layers that are empty, repeated or out of
     range, a model without blocks, a regime that matches nothing in it, a PEFT model (its configuration has chosen

@@ -21,6 +21,7 @@ from . import pictures, runner
 from .errors import InputError
 from .study import Study
 from .tasks import Examples
+from .tuned_model import weights
 
 ROWS = 200
 """Rows of each part whose features are read; t-SNE of more is slow and hard to look at."""
@@ -64,15 +65,15 @@ def feature_change(before: np.ndarray, after: np.ndarray) -> float:
 
 @torch.no_grad()
 def weight_change(model: nn.Module, pretrained: Mapping[str, Tensor]) -> dict[str, float]:
-    """Mean |delta w| of each parameter that stands in `pretrained` (a state dict) under the same name and shape.
+    """Mean |delta w| of each weight (see `weights`) that stands in `pretrained`, a state dict, with the same shape.
 
     What is new, such as a head or an adapter, has no pretrained value and is left out. Raises InputError where no name
     is shared.
     """
-    parameters = {n: p for n, p in model.named_parameters() if n in pretrained and pretrained[n].shape == p.shape}
-    if not parameters:
-        raise InputError("the model and the pretrained state share no parameter name")
-    return {n: (p.double().cpu() - pretrained[n].double().cpu()).abs().mean().item() for n, p in parameters.items()}
+    found = {n: w for n, w in weights(model).items() if n in pretrained and pretrained[n].shape == w.shape}
+    if not found:
+        raise InputError("the model and the pretrained state share no weight")
+    return {n: (w.double().cpu() - pretrained[n].double().cpu()).abs().mean().item() for n, w in found.items()}
 
 
 @torch.no_grad()
@@ -98,7 +99,7 @@ def analyse(study: Study, folder: Path, device: str, say: Callable[[str], None] 
     For each task: t-SNE of features of the training and the test part (classification), mean |delta w| by block, the
     features' mean L2 change, and the numbers as JSON. For the study: mean |w| by kind of module before tuning.
     """
-    from .train import load_model, load_tokenizer
+    from .train import DTYPES, load_model, load_tokenizer
 
     source = runner.model_folder(study.model)
     tokenizer = load_tokenizer(source)
@@ -111,22 +112,24 @@ def analyse(study: Study, folder: Path, device: str, say: Callable[[str], None] 
         task = runner.load_task(mine[0].task)
         parts = {"train": task.train, "test": next(iter(task.tests.values()))}
         parts = {name: part.take(range(min(ROWS, len(part)))) for name, part in parts.items()}
-        before = load_model(source, task.labels, first, torch.float32, torch.device(device))
-        state = {name: value.detach().cpu().clone() for name, value in before.state_dict().items()}
+        before: nn.Module | None = None
         points: dict[str, tuple[np.ndarray, Any]] = {}
         moved: dict[str, dict[str, float]] = {}
         numbers: dict[str, Any] = {}
         for one in mine:
             say(f"analysing {one.id}")
             model = runner.tuned(study, one, device, keep_model=True).model
-            length = runner.recipe_of(study, one).length
-            numbers[one.method.title] = {"features": {}, "weights": weight_change(model, state)}
+            recipe = runner.recipe_of(study, one)
+            before = load_model(source, task.labels, first, DTYPES[recipe.dtype], torch.device(device))
+            length = recipe.length
+            numbers[one.method.title] = {"features": {}, "weights": weight_change(model, before.state_dict())}
             moved[one.method.title] = _by_block(numbers[one.method.title]["weights"])
             for name, part in parts.items():
                 now = features(model, tokenizer, part, length)
                 change = feature_change(features(before, tokenizer, part, length), now)
                 numbers[one.method.title]["features"][name] = change
                 points[f"{one.method.title}, {name}"] = (now, part.labels)
+        assert before is not None
         stem = "analysis-" + re.sub(r"\W+", "-", "-".join(title)).strip("-")
         figures = {
             "weights": pictures.bars(moved, f"{title[0]}: change of weights", "mean |Δw|"),

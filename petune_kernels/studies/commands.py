@@ -108,8 +108,8 @@ def tune(
     patched: bool,
     dropout: bool,
 ) -> None:
-    """One run; writes its outcome as JSON and the tuned model by save_pretrained."""
-    from . import adapter, machine, runner, store
+    """One run; writes its outcome as JSON and the tuned model, and says what loads it."""
+    from . import machine, runner, store, tuned_model
     from .study import parse
     from .train import load_tokenizer
 
@@ -128,14 +128,12 @@ def tune(
     to.mkdir(parents=True, exist_ok=True)
     record = runner.describe(run, cut) | {"outcome": plain, "spec": content, "machine": machine.describe()}
     result.write_text(json.dumps(store.finite(record), indent=1, allow_nan=False, default=str) + "\n", encoding="utf-8")
-    if adapter.adapters(outcome.model):  # ours: beside the plain model, for adapter.load
-        adapter.save(outcome.model, to / "model")
-        adapter.remove(outcome.model)
-    outcome.model.save_pretrained(to / "model")
+    how = tuned_model.save(outcome.model, to / "model")
     load_tokenizer(runner.model_folder(model)).save_pretrained(to / "model")
     for part, values in outcome.test.items():
         console.print(f"{part}: " + ", ".join(f"{name} {value:.4f}" for name, value in values.items()))
     console.print(f"wrote {result} and {to / 'model'}", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"load it with {how}", markup=False, highlight=False, soft_wrap=True)
 
 
 def mount(app: typer.Typer, plain_errors: Any, console: Console) -> None:

@@ -232,7 +232,7 @@ def _main(study: Study, found: Sequence[Cell]) -> Grid:
         ranked = sorted((r for r in range(len(rows)) if not math.isnan(means[r][c])), key=lambda r: -means[r][c])
         strong |= {(r, c + 2): place for place, r in enumerate(ranked[:2], 1)}
     head = ["method", "% trained", *columns, *(["Avg."] if len(own) > 1 else [])]
-    return Grid(f"{study.name}: {study.kind}", head, rows, _notes(study, found), strong)
+    return Grid(study.name, head, rows, _notes(study, found), strong)
 
 
 def _notes(study: Study, found: Sequence[Cell]) -> list[str]:

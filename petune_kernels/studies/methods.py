@@ -22,6 +22,7 @@ from . import adapter
 from . import options as option
 from .regularize import Around, ChildTuning, Mixout, fisher_masks
 from .train import STRIDE
+from .tuned_model import plain_names, shadowed
 
 
 @dataclass
@@ -107,13 +108,8 @@ def head_of(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Parameter]:
     """The head's parameters by their `names` in a model without PEFT, also from a PEFT model, which trains a copy."""
     unwrap: Any = getattr(model, "get_base_model", None)
     base = model if unwrap is None else unwrap()
-    plain = {n.replace(".modules_to_save.default", ""): p for n, p in base.named_parameters() if not _shadowed(n)}
+    plain = plain_names(dict(base.named_parameters()))
     return {name: plain[name] for name in names}
-
-
-def _shadowed(name: str) -> bool:
-    """Whether PEFT keeps this parameter as the untouched original of one that it copied."""
-    return ".original_module." in name
 
 
 def _tuned(regime: str, **fixed: Any) -> Callable[[Mapping[str, Any]], Prepare]:
@@ -301,7 +297,7 @@ def _keep(setting: Setting) -> tuple[nn.Module, None]:
     """The model of the stage before as it is, with its PET parameters; all of it trains."""
     assert setting.model is not None
     for name, p in setting.model.named_parameters():
-        p.requires_grad_(not _shadowed(name))
+        p.requires_grad_(not shadowed(name))
     return setting.model, None
 
 

@@ -17,8 +17,13 @@ from .layouts import Cell, Record, cells, ordered
 from .study import Study
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+VARIED = {"global": "WI and DO", "wi": "WI", "do": "DO"}
 LINES = ("-", "--", ":", "-.")
-STYLE: Any = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+STYLE: Any = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True}
+WIDEST = 14.0
+"""Inches; a row of panels is not wider."""
+LEAST = 5
+"""Runs of which a density says something."""
 
 
 def draw(study: Study, records: Sequence[Record], folder: Path) -> list[Path]:
@@ -35,7 +40,7 @@ def draw(study: Study, records: Sequence[Record], folder: Path) -> list[Path]:
             written.append(folder / name)
 
     with matplotlib.rc_context(STYLE):
-        save(seed_points(shown), "seeds.png")
+        save(seed_points([c for c in shown if not c.records[0]["layer"]]), "seeds.png")
         save(best_of_runs(whole, study.reference), "best.png")
         save(densities(whole), "densities.png")
         save(layer_curve(layered, whole), "layers.png")
@@ -46,10 +51,19 @@ def draw(study: Study, records: Sequence[Record], folder: Path) -> list[Path]:
 
 def _panels(count: int, width: float, height: float = 3.2, most: int = 3) -> tuple[Figure, list[Axes]]:
     """A figure of `count` panels, at most `most` in a row, each `width` x `height` inches."""
-    across = min(count, most)
+    across = min(count, most, max(1, int(WIDEST / width)))
+    if count == 4:
+        across = min(across, 2)
     down = -(-count // across)
     figure = Figure(figsize=(max(5.0, across * width), down * height), dpi=150, layout="constrained")
     return figure, [figure.add_subplot(down, across, i + 1) for i in range(count)]
+
+
+def _name_ticks(axis: Axes, names: Sequence[str]) -> None:
+    """Names under the ticks, slanted where they are too long to stand side by side."""
+    slanted = sum(map(len, names)) > 30 or max(map(len, names)) > 12
+    look: dict[str, Any] = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if slanted else {}
+    axis.set_xticklabels(names, **look)
 
 
 def _unique(values: Any) -> list[Any]:
@@ -78,7 +92,7 @@ def seed_points(found: Sequence[Cell]) -> Figure | None:
             colour = COLOURS[way % len(COLOURS)]
             values = _percent(c.values)
             spread = np.linspace(-0.25, 0.25, len(values)) / len(ways) if len(values) > 1 else [0.0]
-            axis.scatter(place + np.asarray(spread), values, s=9, color=colour, alpha=0.55, linewidths=0)
+            axis.scatter(place + np.asarray(spread), values, s=16, color=colour, alpha=0.7, linewidths=0)
             mean, std = 100 * c.summary.mean, 100 * c.summary.std
             if not math.isnan(std):
                 half = 0.33 / len(ways)
@@ -87,14 +101,17 @@ def seed_points(found: Sequence[Cell]) -> Figure | None:
             axis.plot([place - 0.33 / len(ways), place + 0.33 / len(ways)], [mean, mean], color="black", linewidth=0.9)
         metric = next(c for c in found if c.column == column).records[0]["primary"]
         axis.set(title=column, ylabel=f"{metric}, %", xticks=range(len(methods)))
-        axis.set_xticklabels(methods, rotation=35, ha="right", rotation_mode="anchor")
+        _name_ticks(axis, methods)
         axis.grid(axis="y", alpha=0.25)
     if len(ways) > 1:
         handles = [
             matplotlib.lines.Line2D([], [], color=COLOURS[i % len(COLOURS)], marker="o", linestyle="")
             for i in range(len(ways))
         ]
-        names = [f"{vary}{f', stop on {stop}' if stop else ''}" for vary, stop in ways]
+        several = len({vary for vary, _ in ways}) > 1
+        names = [
+            ", ".join(filter(None, [VARIED[vary] * several, f"stop on {stop}" * bool(stop)])) for vary, stop in ways
+        ]
         figure.legend(handles, names, loc="outside lower center", ncols=min(4, len(ways)), frameon=False)
     return figure
 
@@ -114,7 +131,7 @@ def best_of_runs(found: Sequence[Cell], reference: str) -> Figure | None:
         axis.bar(places, heights, 0.8 / len(methods), color=COLOURS[i % len(COLOURS)], hatch=hatch, label=method)
     axis.axhline(0, color="black", linewidth=0.8)
     axis.set(title=f"Best of the runs, relative to {reference}", ylabel="difference, %", xticks=range(len(columns)))
-    axis.set_xticklabels(columns, rotation=25 if len(columns) > 3 else 0, ha="right" if len(columns) > 3 else "center")
+    _name_ticks(axis, columns)
     axis.grid(axis="y", alpha=0.25)
     figure.legend(loc="outside right upper", frameon=False)
     return figure
@@ -124,14 +141,15 @@ def densities(found: Sequence[Cell]) -> Figure | None:
     """Figure 5 of the second paper: the density of the values over the runs, a curve for each parameter scale.
 
     A panel a task and method with several scales; without scales, a panel a task with a curve a method. Runs that all
-    reach the same value have no density: a vertical line.
+    reach the same value have no density: a vertical line. Fewer than LEAST runs are left out.
     """
     scaled = [c for c in found if c.records[0]["scale"]]
     groups: dict[str, list[tuple[str, Cell]]] = {}
     for c in scaled or found:
         title = f"{c.column}, {c.records[0]['label']}" if scaled else c.column
-        if c.summary.n > 2:
-            groups.setdefault(title, []).append((c.records[0]["scale"] or c.method, c))
+        if c.summary.n >= LEAST:
+            name = c.records[0]["scale"] or c.method
+            groups.setdefault(title, []).append((f"{name}, stop on {c.stop_on}" if c.stop_on else name, c))
     if not groups:
         return None
     figure, axes = _panels(len(groups), 4.2)
@@ -262,7 +280,7 @@ def bars(groups: Mapping[str, Mapping[str, float]], title: str, unit: str) -> Fi
             hatch = "/" * (i // len(COLOURS))
             axis.bar(places, heights, 0.8 / len(groups), color=COLOURS[i % len(COLOURS)], hatch=hatch, label=group)
         axis.set(title=title, ylabel=unit, xticks=range(len(names)))
-        axis.set_xticklabels(names, rotation=30, ha="right", rotation_mode="anchor")
+        _name_ticks(axis, names)
         axis.grid(axis="y", alpha=0.25)
         if len(groups) > 1:
             figure.legend(loc="outside right upper", frameon=False)

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
 from regime_families import FAMILIES, SHAPE, Plain, build
 from sampled_helpers import BLOCKS, fit, gradients, machinery, masks, weights
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from petune_kernels.regimes import tune
+from petune_kernels.regimes import sampled, tune
 from petune_kernels.regimes.sampled import draw
+
+
+@pytest.fixture(params=["product", "columns"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """How a linear's sampled gradient comes about: cut out of dW', or summed from columns alone."""
+    if request.param == "columns":
+        monkeypatch.setattr(sampled, "_FEW", 1)
+    return request.param
 
 
 @pytest.mark.parametrize(("total", "count"), [(1, 1), (10, 10), (1000, 1), (1000, 400), (1000, 501), (1000, 999)])
@@ -92,7 +102,7 @@ OPTIMIZERS = {
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_only_the_sampled_scalars_train(small_bert, batch, name: str) -> None:
+def test_only_the_sampled_scalars_train(small_bert, batch, way: str, name: str) -> None:
     model = small_bert()
     before = weights(model)
     report = tune(model, "random", budget=300, seed=4)
@@ -113,7 +123,7 @@ def test_only_the_sampled_scalars_train(small_bert, batch, name: str) -> None:
     assert sum(sizes) == report.trainable == 334
 
 
-def test_training_equals_masked_training(small_bert, batch) -> None:
+def test_training_equals_masked_training(small_bert, batch, way: str) -> None:
     """SGD on the samples is SGD on the whole weights with all other gradients set to zero."""
     model, twin = small_bert(), small_bert()
     tune(model, "random", budget=300)
@@ -128,11 +138,50 @@ def test_training_equals_masked_training(small_bert, batch) -> None:
         fit(m, torch.optim.SGD([p for p in m.parameters() if p.requires_grad], lr=0.1, momentum=0.9), batch, 5)
     got, wanted = weights(model), weights(twin)
     for n in wanted:
-        torch.testing.assert_close(got[n], wanted[n], rtol=0, atol=0, msg=n)
+        exact = {"rtol": 0, "atol": 0} if way == "product" else {}
+        torch.testing.assert_close(got[n], wanted[n], **exact, msg=n)
+
+
+class Shapes(TorchDispatchMode):
+    """The shapes of all tensors that are made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[torch.Size] = set()
+
+    def __torch_dispatch__(self, op: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = op(*args, **kwargs or {})
+        self.seen |= {t.shape for t in torch.utils._pytree.tree_leaves(made) if isinstance(t, Tensor)}
+        return made
+
+
+@pytest.mark.parametrize("few", [True, False])
+def test_few_samples_need_no_gradient_of_the_weight_and_not_all_of_its_input(
+    small_bert, monkeypatch: pytest.MonkeyPatch, few: bool
+) -> None:
+    model = small_bert(hidden_size=64, intermediate_size=96)
+    tune(model, "random", budget=60, train_head=False)
+    dense = model.bert.encoder.layer[1].output.dense  # [64, 96]
+    n, x, kept = len(dense.weight_sampled), torch.randn(50, 96), list[int]()
+    assert 0 < n * sampled._FEW <= dense.weight.numel()
+    if not few:
+        monkeypatch.setattr(sampled, "_FEW", 10**9)
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        y = dense(x)
+    with Shapes() as made:
+        y.square().sum().backward()
+    # besides y, which square() keeps
+    assert (x.numel() not in kept and 50 * n in kept) == few and (dense.weight.shape not in made.seen) == few
+    assert dense.weight_sampled.grad.shape == (n,)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_gradients_are_gathered_from_the_full_ones(name: str) -> None:
+def test_gradients_are_gathered_from_the_full_ones(name: str, way: str) -> None:
     """In every family, so that no family reads a weight where the samples cannot reach."""
     torch.manual_seed(0)
     model = build(name, "cpu").double().eval()
@@ -165,7 +214,7 @@ def test_gradients_are_gathered_from_the_full_ones(name: str) -> None:
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_gradient_checkpointing(small_bert, batch, reentrant: bool) -> None:
+def test_gradient_checkpointing(small_bert, batch, reentrant: bool, way: str) -> None:
     model = small_bert().train()
     tune(model, "random", fraction=0.3)
     wanted = gradients(model, batch)
@@ -178,7 +227,7 @@ def test_gradient_checkpointing(small_bert, batch, reentrant: bool) -> None:
     assert all(isinstance(p, nn.Parameter) for m in model.modules() for p in m._parameters.values() if p is not None)
 
 
-def test_two_forwards_before_one_backward(small_bert, batch) -> None:
+def test_two_forwards_before_one_backward(small_bert, batch, way: str) -> None:
     model = small_bert().eval()
     tune(model, "random", fraction=0.3)
     once = gradients(model, batch)
@@ -189,7 +238,7 @@ def test_two_forwards_before_one_backward(small_bert, batch) -> None:
             torch.testing.assert_close(p.grad, 2 * once[n])
 
 
-def test_a_step_between_forward_and_backward_raises(small_bert, batch) -> None:
+def test_a_step_between_forward_and_backward_raises(small_bert, batch, way: str) -> None:
     model = small_bert()
     tune(model, "random", fraction=0.3, train_head=False)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
@@ -241,7 +290,7 @@ def test_multihead_attention_reads_out_proj_without_calling_it() -> None:
             torch.testing.assert_close(p.weight_sampled.grad, full.take(p.weight_sampled_index))
 
 
-def test_eval_without_grad_sees_the_trained_values(small_bert, batch) -> None:
+def test_eval_without_grad_sees_the_trained_values(small_bert, batch, way: str) -> None:
     model = small_bert()
     tune(model, "random", fraction=0.3)
     fit(model, torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5), batch, 2)
@@ -253,7 +302,7 @@ def test_eval_without_grad_sees_the_trained_values(small_bert, batch) -> None:
     fit(model, torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5), batch, 1)
 
 
-def test_deterministic_algorithms_and_other_layouts(small_bert, batch) -> None:
+def test_deterministic_algorithms_and_other_layouts(small_bert, batch, way: str) -> None:
     model = small_bert()
     dense = model.bert.encoder.layer[0].output.dense
     dense.weight.data = dense.weight.data.t().contiguous().t()
@@ -271,7 +320,7 @@ def test_deterministic_algorithms_and_other_layouts(small_bert, batch) -> None:
     assert torch.equal(model.state_dict()[name] != before[name], where[name])
 
 
-def test_dtype_moves_and_autocast(small_bert, batch) -> None:
+def test_dtype_moves_and_autocast(small_bert, batch, way: str) -> None:
     model = small_bert().eval()
     tune(model, "random", fraction=0.3)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -309,7 +358,7 @@ def test_taken_name_is_refused(small_bert) -> None:
 
 
 @pytest.mark.slow
-def test_compiled_training_equals_eager_training(small_bert, batch) -> None:
+def test_compiled_training_equals_eager_training(small_bert, batch, way: str) -> None:
     models = [small_bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0) for _ in range(2)]
     for model, run in zip(
         models, (models[0], torch.compile(models[1], backend="aot_eager", fullgraph=True)), strict=True

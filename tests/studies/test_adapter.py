@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,12 @@ from transformers import (
     BertForSequenceClassification,
     GPT2Config,
     GPT2ForSequenceClassification,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    MixtralConfig,
+    MixtralForSequenceClassification,
+    OPTConfig,
+    OPTForSequenceClassification,
     RobertaConfig,
     RobertaForSequenceClassification,
 )
@@ -51,6 +58,42 @@ def test_the_formula() -> None:
     assert list(adapter.adapters(model)) == [f"bert.encoder.layer.{i}.output.dense" for i in range(2)]
 
 
+SMALL = {"vocab_size": 17, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+SMALL |= {"intermediate_size": 64, "pad_token_id": 0}
+PRE_NORM = {
+    "llama": (LlamaForSequenceClassification, LlamaConfig(**SMALL), ("self_attn.o_proj", "mlp.down_proj")),
+    "opt": (
+        OPTForSequenceClassification,
+        OPTConfig(**SMALL | {"ffn_dim": 64, "word_embed_proj_dim": 32, "max_position_embeddings": 16}),
+        ("self_attn.out_proj", "fc2"),
+    ),
+}
+
+
+@pytest.mark.parametrize("family", PRE_NORM)
+@pytest.mark.parametrize("first", ["patch", "insert"])
+def test_pre_norm_blocks_have_them_after_their_closing_projections(family: str, first: str) -> None:
+    kind, config, places = PRE_NORM[family]
+    torch.manual_seed(0)
+    stock = kind(config).eval()
+    patched = copy.deepcopy(stock)
+    for model in (stock, patched):
+        if model is patched and first == "patch":
+            pk.patch(model)
+        torch.manual_seed(1)
+        adapter.insert(model, "houlsby", 4, std=0.5)
+    if first == "insert":
+        pk.patch(patched)
+    assert [path.split("layers.")[1][2:] for path in adapter.adapters(stock)] == [*places, *places]
+    out = [model(**IDS).logits for model in (stock, patched)]
+    torch.testing.assert_close(out[1], out[0], rtol=1e-4, atol=1e-5)
+    for logits in out:
+        logits.square().sum().backward()
+    for (name, a), b in zip(stock.named_parameters(), patched.parameters(), strict=True):
+        if a.grad is not None:
+            torch.testing.assert_close(b.grad, a.grad, rtol=1e-3, atol=1e-5, msg=name)
+
+
 @pytest.mark.parametrize("first", ["patch", "insert"])
 def test_patched_in_either_order_computes_the_same_with_the_same_gradients(first: str) -> None:
     stock, patched = tiny(), tiny()
@@ -84,8 +127,8 @@ def test_files_carry_the_adapters_and_only_them(tmp_path: Path) -> None:
     model, other = tiny(), tiny()
     adapter.insert(model, "houlsby", 4, std=0.5)
     adapter.save(model, tmp_path)
-    assert sorted(f.name for f in tmp_path.iterdir()) == ["adapter.safetensors", "adapter_config.json"]
-    assert (tmp_path / "adapter.safetensors").stat().st_size < 25_000  # of the model's 100 kB
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["bottlenecks.json", "bottlenecks.safetensors"]
+    assert (tmp_path / "bottlenecks.safetensors").stat().st_size < 25_000  # of the model's 100 kB
     adapter.load(other, tmp_path)
     assert other(**IDS).logits.equal(model(**IDS).logits)
     with pytest.raises(ValueError, match="adapters already"):
@@ -115,5 +158,8 @@ def test_what_is_refused() -> None:
         adapter.insert(model)
     pre_norm = GPT2ForSequenceClassification(GPT2Config(vocab_size=17, n_embd=32, n_layer=1, n_head=2))
     with pytest.raises(ValueError, match="block 0 of GPT2ForSequenceClassification does not close its ffn"):
-        adapter.insert(pre_norm)
+        adapter.insert(pre_norm)  # Conv1D
+    experts = MixtralForSequenceClassification(MixtralConfig(**SMALL, num_local_experts=2, num_key_value_heads=2))
+    with pytest.raises(ValueError, match="block 0 of MixtralForSequenceClassification does not close its ffn"):
+        adapter.insert(experts)
     assert isinstance(model.bert.encoder.layer[0].attention.output.dense, nn.Linear)

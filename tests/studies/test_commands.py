@@ -31,6 +31,7 @@ class Recipe:
     epochs: int = 1
     stop_on: str = "loss"
     length: int = 16
+    dtype: str = "float32"
 
 
 @dataclass

@@ -157,16 +157,57 @@ def test_no_records_give_no_tables() -> None:
 @pytest.mark.filterwarnings("error")
 def test_pictures_are_drawn_for_what_the_records_hold(tmp_path: Path) -> None:
     methods = [{"name": "full", "label": "FT"}, *({"name": "lora", "scale": s} for s in ("small", "large"))]
-    which = study(methods=[*methods, {"name": "layernorm", "each_layer": True}])
+    which = study(methods=[*methods, {"name": "layernorm", "each_layer": True}], seeds={"runs": 5})
     found = records(which)
     for r in found:
         if r["scale"] == "small":
             r["outcome"]["test"]["test"]["accuracy"] = 0.5  # no variance: no density
+    few = pictures.draw(which, [r for r in found if r["wi"] < which.seeds.first + 4], tmp_path)
+    assert [path.name for path in few] == ["seeds.png", "best.png", "layers.png"]
     drawn = pictures.draw(which, found, tmp_path)
     assert [path.name for path in drawn] == ["seeds.png", "best.png", "densities.png", "layers.png"]
     for path in drawn:
         image = matplotlib.image.imread(path)
         assert min(image.shape[:2]) > 200 and np.ptp(image) > 0.5
+
+
+@pytest.mark.parametrize("name", ["lora", "prefix", "adapter", "random"])
+def test_the_change_of_weights_of_peft_adapter_and_sampled_models(tiny_model: Path, name: str) -> None:
+    """A LoRA model's change is that of its merged weights; what no weight holds changes none."""
+    from transformers import AutoModelForSequenceClassification
+
+    from petune_kernels.studies.methods import Setting, method
+
+    def load() -> torch.nn.Module:
+        torch.manual_seed(0)
+        return AutoModelForSequenceClassification.from_pretrained(tiny_model).bfloat16()
+
+    head = ("classifier.weight", "classifier.bias")
+    options = {"reduction": 4} if name == "adapter" else {"budget": 90} if name == "random" else {}
+    model, _ = method(name, **options).stages()[0].prepare(Setting(load, 0, lambda _: [], head))
+    state = load().state_dict()
+    assert analysis.weight_change(model, state).keys() == {n for n, w in state.items() if w.is_floating_point()}
+    assert not any(analysis.weight_change(model, state).values())
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p += 0.25
+    names = list(dict(model.named_parameters()))
+    changes = analysis.weight_change(model, state)
+    assert names == list(dict(model.named_parameters()))
+    moved = {n for n, change in changes.items() if change > 0}
+    inside = {n for n in moved if n not in head}
+    assert moved >= set(head) and changes["classifier.bias"] == pytest.approx(0.25)
+    if name == "lora":
+        assert inside == {
+            f"bert.encoder.layer.{i}.attention.self.{m}.weight" for i in (0, 1) for m in ("query", "value")
+        }
+        lora = dict(model.named_modules())["base_model.model.bert.encoder.layer.0.attention.self.query"]
+        product = (lora.lora_B["default"].weight.float() @ lora.lora_A["default"].weight.float()) * 2
+        assert changes["bert.encoder.layer.0.attention.self.query.weight"] == pytest.approx(
+            product.abs().mean().item(), rel=1e-4
+        )
+    assert inside if name == "random" else (name == "lora") == bool(inside)
 
 
 def test_samples_of_one_data_set_give_curves_of_training_iterations(tmp_path: Path) -> None:
@@ -203,7 +244,7 @@ def test_features_and_weights_of_a_model(tiny_model: Path, tmp_path: Path) -> No
     sizes = analysis.weight_magnitude(model)
     assert sizes["attention norm"] == sizes["ffn norm"] == 1 and sizes["attention norm bias"] == 0
     assert 0 < sizes["attention linear"] < 0.1
-    with pytest.raises(InputError, match="share no parameter name"):
+    with pytest.raises(InputError, match="share no weight"):
         analysis.weight_change(model, {})
     labels = [0, 1] * 20
     points = np.random.default_rng(0).normal(size=(40, 8)) + 5 * np.array(labels)[:, None]
