@@ -148,6 +148,29 @@ def layers(
 
 
 @app.command()
+def memory(
+    shape: Annotated[list[str] | None, typer.Option(help="bert-base or tinyllama; both.")] = None,
+    regime: Annotated[list[str] | None, typer.Option(help="Such as 'lora-all p=0.1'; all of them.")] = None,
+    batch: Batch = 16,
+    length: Length = 128,
+    layers: Annotated[int, typer.Option(min=1, help="Of the models that are timed.")] = 3,
+    device: Device = AUTO,
+    rounds: Annotated[int, typer.Option(min=2, help="Turns of each point.")] = 10,
+    quick: Annotated[bool, typer.Option("--quick", help="Only count: no times, no peaks, nothing compiled.")] = False,
+    out: Out = RESULTS,
+) -> None:
+    """Every memory level: bytes kept, time and peak of a step, beside eager, PEFT, torch.compile and checkpointing."""
+    from . import memory as benchmark
+
+    _check(device, [])
+    settings = benchmark.Settings(
+        tuple(shape or benchmark.REGIMES), tuple(regime or ()), batch, length, layers, 0 if quick else rounds,
+        not quick, device,
+    )  # fmt: skip
+    benchmark.run(settings, Files.new(out, "memory"), console)
+
+
+@app.command()
 def collect(
     folder: Annotated[Path, typer.Argument(help="Where the benchmarks wrote their results.", exists=True)],
     file: Annotated[Path, typer.Argument(help="The one JSON file to write.")],

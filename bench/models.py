@@ -125,9 +125,8 @@ def build(case: Case, provider: str, device: torch.device, layers: int | None = 
 
     LoRA's B is random instead of zero, or A would have no gradient that the gate could compare.
     """
-    kind, sizes = SHAPES[case.shape]
-    config = AutoConfig.for_model(kind, num_labels=2, **sizes)
-    model = train.random_model(config, layers or config.num_hidden_layers, train.DTYPES[case.dtype], device)
+    shape = config(case)
+    model = train.random_model(shape, layers or shape.num_hidden_layers, train.DTYPES[case.dtype], device)
     name, _, p = case.regime.partition(" p=")
     if name in LORA:
         from peft import LoraConfig, TaskType, get_peft_model
@@ -145,6 +144,11 @@ def build(case: Case, provider: str, device: torch.device, layers: int | None = 
     elif provider == COMPILED:
         model.compile()  # in place: the parameters keep their names
     return model
+
+
+def config(case: Case) -> Any:
+    kind, sizes = SHAPES[case.shape]
+    return AutoConfig.for_model(kind, num_labels=2, **sizes)
 
 
 def random_batch(case: Case, device: torch.device) -> dict[str, torch.Tensor]:

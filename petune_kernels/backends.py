@@ -131,6 +131,13 @@ def pick(op: str, x: torch.Tensor) -> Callable[..., Any]:
     return getattr(getattr(torch.ops, schema.NAMESPACE), op)
 
 
+def composed(op: str, device: str) -> Callable[..., Any] | None:
+    """The Python function that runs `op` there by torch's own ops, or None where a compiled kernel runs it."""
+    if hasattr(matmul, op):
+        return getattr(matmul, op)
+    return getattr(reference, op) if device == "cpu" and not _has_kernel(op, device) else None
+
+
 @dataclass(frozen=True)
 class Choice:
     """What one op takes on one device. `todo` is empty where nothing is missing."""

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .meta import no_autocast
 from .schema import NAMESPACE
 
 _BLOCK = 1 << 20
@@ -78,7 +79,7 @@ def _project(x: Tensor, a: Tensor, scale: float = 1.0) -> Tensor:
 
 
 def lora_linear(x, w, bias, a, b, bias_b, seed, p, scale, merged):
-    with torch.autocast(x.device.type, enabled=False):
+    with no_autocast(x.device):
         return [_forward(x, *one, merged) for one in zip(w, bias, a, b, bias_b, seed, p, scale, strict=True)]
 
 
@@ -126,7 +127,7 @@ def _column(bias: Tensor, G: int) -> Tensor:
 
 def lora_linear_backward(dy, x, w, a, b, seed, p, scale, groups, want_dx, want_da, want_db, want_dsum):
     like = next(d for d in dy if d is not None)
-    with torch.autocast(like.device.type, enabled=False):
+    with no_autocast(like.device):
         return _backward(like, dy, x, w, a, b, seed, p, scale, groups, want_dx, want_da, want_db, want_dsum)
 
 
@@ -240,7 +241,7 @@ def behind_one_another(parts: list[Tensor]) -> Tensor | None:
 
 def packed_linear(x, w, bias):
     fits = all(c is not None and c.dim() == 1 and c.dtype == x.dtype for c in bias)
-    with torch.autocast(x.device.type, enabled=False):
+    with no_autocast(x.device):
         whole = behind_one_another(w)
         if whole is not None:
             y = F.linear(x, whole, torch.cat(bias) if fits else None)
@@ -259,7 +260,7 @@ def packed_linear(x, w, bias):
 
 
 def packed_linear_backward(dy, w):
-    with torch.autocast(dy.device.type, enabled=False):
+    with no_autocast(dy.device):
         whole = behind_one_another(w)
         if whole is not None:
             return dy @ whole

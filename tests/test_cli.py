@@ -46,13 +46,14 @@ def test_without_arguments_it_lists_the_commands_that_exist() -> None:
         "data",
         "tune",
         "study",
+        "report",
         "regimes",
         "doctor",
         "bench",
     }
 
 
-@pytest.mark.parametrize("command", ["demo", "data", "tune", "study", "regimes", "doctor", "bench"])
+@pytest.mark.parametrize("command", ["demo", "data", "tune", "study", "report", "regimes", "doctor", "bench"])
 def test_every_command_has_help(command: str) -> None:
     shown = run(command, "--help")
     assert shown.exit_code == 0 and "Usage" in shown.output and len(shown.output.splitlines()) > 5

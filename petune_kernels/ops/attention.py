@@ -33,7 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import backends
+from .. import backends, meta
 from ..backends import pick
 from . import _checks as check
 from . import _saving as saving
@@ -103,7 +103,7 @@ def _per_head(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _native(q: Tensor) -> bool:
-    return q.device.type == "cuda" and backends._forced is None
+    return meta.kind(q.device) == "cuda" and backends._forced is None
 
 
 def _dense_rows(t: Tensor) -> Tensor:

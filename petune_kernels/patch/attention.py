@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .. import meta
 from ..ops import attention as op
 from . import pattern, trace
 from .trace import Trace
@@ -35,7 +36,7 @@ def unfit(root: nn.Module) -> str:
     """Why this model's attention is none of ours, or ''."""
     model: Any = root
     own = getattr(model.config, "_attn_implementation", None)
-    device = next((p.device.type for p in root.parameters()), "cpu")
+    device = next((meta.kind(p.device) for p in root.parameters()), "cpu")
     if not model._can_set_attn_implementation():
         return "its attention does not go through transformers' AttentionInterface"
     if own not in ("eager", "sdpa", None):

@@ -109,7 +109,7 @@ def _sample(module: nn.Module, parts: Parts, generator: torch.Generator, call: C
 
 
 def _random(shape: Any, like: Tensor, generator: torch.Generator) -> Tensor:
-    return torch.randn(shape, generator=generator, device=like.device).to(like.dtype)
+    return torch.randn(shape, generator=generator, device=generator.device).to(like.device, like.dtype)
 
 
 def _forward(module: nn.Module, parts: Parts, x: Tensor, *args: Any, **kwargs: Any) -> Any:

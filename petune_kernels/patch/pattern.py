@@ -6,7 +6,6 @@ after that forward has given the same result as the module's own on a small inpu
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from ..meta import no_autocast
 
 if TYPE_CHECKING:
     from .trace import Call
@@ -41,6 +43,8 @@ class Pattern:
         a dict at its end holds keyword arguments. May give the twin random parameters.
     forward: the fused forward, called as forward(module, parts, *args, **kwargs).
     claims: the roles whose children run inside the fused forward and so are no longer candidates themselves.
+    outline: for a module on the meta device, a bare twin that is small enough to be given values: what both forwards
+        only call may be replaced by something small.
     sure: whether looking right is enough to be a candidate, which strict=True insists on.
     """
 
@@ -50,6 +54,7 @@ class Pattern:
     sample: Callable[[nn.Module, Parts, torch.Generator, Call | None], tuple[Any, ...]]
     forward: Callable[..., Any]
     claims: Callable[[nn.Module, Parts], Sequence[str]] = lambda module, parts: ()
+    outline: Callable[[nn.Module, Parts, Call | None], nn.Module] = lambda module, parts, call: bare(module)
     sure: bool = True
 
 
@@ -160,11 +165,6 @@ def bare(module: nn.Module, twins: dict[nn.Module, nn.Module] | None = None) -> 
     return twin
 
 
-def no_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    available = torch.amp.is_autocast_available(device.type)
-    return torch.autocast(device.type, enabled=False) if available else contextlib.nullcontext()
-
-
 class Marker(nn.Module):
     """Stands in for a dropout during verification: fused and own forward must drop in the same place."""
 
@@ -192,21 +192,23 @@ def _probe(module: nn.Module, generator: torch.Generator) -> nn.Module:
 def verify(module: nn.Module, pattern: Pattern, parts: Parts, call: Call | None = None) -> str:
     """'' where the fused forward agrees with the module's own on a small input, else what differs.
 
-    Dropouts marked, hooks and global random state untouched. A large module on the meta device cannot be compared.
+    Dropouts marked, hooks and global random state untouched. Of a large module on the meta device only the shapes are
+    compared.
     """
     tensors = [p for p in module.parameters() if p.is_floating_point()]
-    device = tensors[0].device if tensors else torch.device("cpu")
+    device, kind, shapes_only = tensors[0].device if tensors else torch.device("cpu"), type(module), False
     if device.type == "meta":
-        if sum(p.numel() for p in tensors) > _META_LIMIT:
-            return ""
-        device = torch.device("cpu")
+        module, device = pattern.outline(module, parts, call), torch.device("cpu")
+        shapes_only = sum(p.numel() for p in module.parameters()) > _META_LIMIT
     generator = torch.Generator(device).manual_seed(0)
     with torch.no_grad(), no_autocast(device):
-        twin = _probe(module, generator)
+        twin = bare(module) if shapes_only else _probe(module, generator)
         try:
             args = pattern.sample(twin, parts, generator, call)
+            if shapes_only:
+                args = tree_map(lambda a: a.to("meta") if isinstance(a, Tensor) else a, args)
             args, kwargs = (args[:-1], args[-1]) if args and isinstance(args[-1], dict) else (args, {})
-            own = type(module).forward(twin, *args, **kwargs)
+            own = kind.forward(twin, *args, **kwargs)
         except Exception as error:  # a look-alike with another signature or other shapes: the report carries the reason
             return f"its forward does not take this pattern's input: {type(error).__name__}: {error}"
         try:

@@ -10,6 +10,7 @@ which the trace does without, goes to the mixer too. A call with other arguments
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Sequence
 from itertools import permutations
@@ -17,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from ..ops.residual_norm import residual_norm
 from . import norm, pattern
@@ -52,15 +54,51 @@ def _required(mixer: nn.Module) -> tuple[str, ...]:
 
 
 def _refuse(module: nn.Module, parts: Parts) -> str:
-    if any(p.is_meta for p in module.parameters()):
-        return "on the meta device it cannot be compared with its own forward"
     second = module.get_submodule(parts["second"])
     return f"{type(second).__name__} has a forward of its own" if not pattern.undisturbed(second) else ""
 
 
 def _sample(module: nn.Module, parts: Parts, generator: torch.Generator, call: Call | None) -> tuple[Any, ...]:
     assert call is not None
-    return (*call.args, dict(call.kwargs))
+    return tree_map(functools.partial(_valued, generator), (*call.args, dict(call.kwargs)))
+
+
+def _valued(generator: torch.Generator, value: Any) -> Any:
+    """A traced argument; one from the meta device with values (a mask of nothing but True or zeros)."""
+    if not isinstance(value, Tensor) or not value.is_meta:
+        return value
+    if not value.is_floating_point():
+        return torch.ones(value.shape, dtype=value.dtype)
+    return torch.randn(value.shape, generator=generator).to(value.dtype)
+
+
+class _StandIn(nn.Module):
+    """In the place of a block that both forwards only call: as cheap a function of its first argument, in a tuple where
+    the block's own result is one."""
+
+    def __init__(self, block: nn.Module, gave: Any, shift: int):
+        super().__init__()
+        self.first = next(iter(inspect.signature(block.forward).parameters))
+        self.shift, self.rest = shift, (None,) * (len(gave) - 1) if isinstance(gave, tuple) else None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        x = args[0] if args else kwargs[self.first]
+        y = x.roll(self.shift, -1) * torch.linspace(0.5, 1.5, x.shape[-1], dtype=x.dtype)
+        return y if self.rest is None else (y, *self.rest)
+
+
+def _outline(module: nn.Module, parts: Parts, call: Call | None) -> nn.Module:
+    """The layer around two stand-ins."""
+    assert call is not None
+    twin, gave = pattern.bare(module), dict[nn.Module, Any]()
+    blocks = {parts[role]: twin.get_submodule(parts[role]) for role in ("mixer", "mlp")}
+    for block in blocks.values():
+        block.register_forward_hook(lambda block, args, out: gave.__setitem__(block, out))
+    with torch.no_grad():
+        type(module).forward(twin, *call.args, **call.kwargs)
+    for shift, (name, block) in enumerate(blocks.items(), 1):
+        twin._modules[name] = _StandIn(block, gave[block], shift)
+    return twin
 
 
 def _forward(module: Any, parts: Parts, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -89,4 +127,6 @@ def _forward(module: Any, parts: Parts, hidden_states: Tensor, *args: Any, **kwa
     return z + (out if dropout is None else dropout(out))
 
 
-PATTERN = Pattern("pre_norm", _parts, _refuse, _sample, _forward, lambda module, parts: ("second",), sure=False)
+PATTERN = Pattern(
+    "pre_norm", _parts, _refuse, _sample, _forward, lambda module, parts: ("second",), _outline, sure=False
+)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import meta
 from ..ops.lora_linear import lora_linear
 from . import linear, lora, pattern
 from .linear import Projection
@@ -66,7 +67,7 @@ def verify(modules: tuple[nn.Module, ...]) -> str:
     if first.w.is_meta:
         return ""
     generator = torch.Generator(first.w.device).manual_seed(0)
-    with torch.no_grad(), pattern.no_autocast(first.w.device):
+    with torch.no_grad(), meta.no_autocast(first.w.device):
         x = pattern.random_rows(first.w, first.w.shape[1], generator)
         twins = tuple(pattern.bare(m) for m in modules)
         together, group = [], Group(twins)

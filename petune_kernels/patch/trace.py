@@ -7,6 +7,7 @@ runs on a bare copy (pattern.bare): no hook fires, no mode is switched, no rando
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import meta
 from . import pattern
 
 
@@ -82,10 +84,11 @@ def observe(model: nn.Module) -> Trace:
 
 
 def run(root: nn.Module) -> list[Tensor]:
-    """The floating tensors that the model gives for a short input, one of its five tokens padded (not on meta)."""
+    """The floating tensors that the model gives for a short input, one of its five tokens padded."""
     device = _device(root)
     unmoved = torch.random.fork_rng([device] if device.type == "cuda" else [])
-    with torch.no_grad(), unmoved, pattern.no_autocast(device):
+    valued = meta.Values() if device.type == "meta" else contextlib.nullcontext()
+    with torch.no_grad(), unmoved, meta.no_autocast(device), valued:
         return floats(root(**inputs(root)))
 
 
@@ -135,12 +138,12 @@ def inputs(root: Any) -> dict[str, Any]:
         height, width = size if isinstance(size, (tuple, list)) else (size, size)
         pixels = torch.linspace(-1, 1, root.config.num_channels * height * width, dtype=torch.float32)
         return {"pixel_values": pixels.view(1, -1, height, width).to(device, dtype)}
-    ids = torch.tensor([[7, 6, 5, 4, 3]], device=device) % max(8, getattr(root.config, "vocab_size", 8))
+    ids = torch.tensor([[7, 6, 5, 4, 3]]).to(device) % max(8, getattr(root.config, "vocab_size", 8))
     found: dict[str, Any] = {name: ids for name in root.dummy_inputs if name.endswith("input_ids")} or {
         "input_ids": ids
     }
-    if "attention_mask" in taken and device.type != "meta":  # whether a mask masks anything, is read from its values
-        found["attention_mask"] = torch.tensor([[1, 1, 1, 1, 0]], device=device)
+    if "attention_mask" in taken:
+        found["attention_mask"] = torch.tensor([[1, 1, 1, 1, 0]]).to(device)
     if "use_cache" in taken:
         found["use_cache"] = False
     return found

@@ -1,4 +1,4 @@
-"""The commands `petune data`, `petune tune` and `petune study`. `cli.py` mounts them."""
+"""The commands `petune data`, `petune tune`, `petune study` and `petune report`. `cli.py` mounts them."""
 
 from __future__ import annotations
 
@@ -136,6 +136,28 @@ def tune(
     console.print(f"load it with {how}", markup=False, highlight=False, soft_wrap=True)
 
 
+def report(
+    console: Console, settings: dict[str, Any], levels: list[str] | None, measured: bool, to: Path, device: str
+) -> None:
+    """Predicts what a training step keeps, and writes the result and its picture."""
+    from . import plots, report, result
+
+    if not measured and device == "cuda":
+        settings["device"] = "cuda"  # predicted without one
+    else:
+        settings["device"] = chosen_device(device)
+    if levels:
+        settings["levels"] = levels
+    settings["options"] = parse_settings("--option", settings["options"])
+    files = result.Files.new(to, "report")
+    found = report.run(report.Settings(**settings), measured, console)
+    for part in report.table(found):
+        console.print(part)
+    files.write(found)
+    plots.report_figure(found, files.figure)
+    console.print(f"result  {files.json}\nfigure  {files.figure}", markup=False, highlight=False, soft_wrap=True)
+
+
 def mount(app: typer.Typer, plain_errors: Any, console: Console) -> None:
     """Adds the commands to `app`; `plain_errors` turns what a user can mend into a line."""
 
@@ -198,3 +220,43 @@ def mount(app: typer.Typer, plain_errors: Any, console: Console) -> None:
         """Tune a model on a task once; save the outcome (JSON) and the model or adapter (save_pretrained)."""
         given = recipe or ["lr=1e-3", "epochs=3"]
         tune(console, model, method, task, file, option or [], given, wi, do, to, device, patched, dropout)
+
+    @app.command(name="report")
+    @plain_errors
+    def report_command(
+        model: Annotated[
+            str,
+            typer.Argument(
+                help="Folder with a config.json, a built-in shape (bert-base, minilm, ...), or a model type."
+            ),
+        ],
+        regime: Annotated[str, typer.Option(help="A regime or a method of one stage: lora, prefix, ...")] = "layernorm",
+        option: Annotated[
+            list[str] | None,
+            typer.Option("--option", help="Of the method: r=8, targets=all-linear.", show_default="none"),
+        ] = None,
+        batch: Annotated[int, typer.Option(min=1, help="Sentences in a batch.")] = 16,
+        length: Annotated[int, typer.Option(min=1, help="Tokens in a sentence.")] = 128,
+        dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+        memory: Annotated[
+            list[str] | None,
+            typer.Option(help="Only this level, stock or HF checkpointing; may be repeated.", show_default="all"),
+        ] = None,
+        head: Annotated[str, typer.Option(help="auto (a classifier), causal-lm or masked-lm.")] = "auto",
+        labels: Annotated[int, typer.Option(min=1, help="Classes of the head.")] = 2,
+        padded: Annotated[bool, typer.Option("--padded", help="Half of the sentences are half as long.")] = False,
+        dropout: Annotated[bool, typer.Option(help="The model's dropout rates, or none.")] = True,
+        device: Annotated[
+            str, typer.Option(help="Whose kernels count: auto, cpu or cuda. A GPU is needed to measure only.")
+        ] = "auto",
+        measured: Annotated[bool, typer.Option("--measure", help="Run a step of each level, too.")] = False,
+        to: Out = Path("petune_report"),
+    ) -> None:
+        """Predict the memory of a training step: what is saved for backward, and the peak, by tensor. Nothing is run.
+
+        The step is followed on the meta device, so any size can be asked for. --measure runs it in fresh processes and
+        shows both. A JSON result and a figure are written.
+        """
+        settings = {"model": model, "regime": regime, "options": option or [], "batch": batch, "length": length}
+        settings |= {"dtype": dtype, "head": head, "labels": labels, "padded": padded, "dropout": dropout}
+        report(console, settings, memory, measured, to, device)

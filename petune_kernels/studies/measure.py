@@ -31,35 +31,69 @@ from .errors import StudyError
 
 
 class _Saved:
-    """Holds one saved tensor; dies with the graph node that saved it."""
+    """Holds one saved tensor and what was noted beside it; dies with the graph node that saved it."""
 
-    __slots__ = ("__weakref__", "tensor")
+    __slots__ = ("__weakref__", "note", "tensor")
 
-    def __init__(self, tensor: torch.Tensor):
-        self.tensor = tensor
+    def __init__(self, tensor: torch.Tensor, note: Any):
+        self.tensor, self.note = tensor, note
+
+
+class Saving:
+    """While entered, every tensor that autograd saves is seen; what of it is still alive can be asked at any time.
+
+    note: called at each saving; what it returns is kept beside the tensor. A tensor that an autograd.Function keeps as
+    an attribute instead of by save_for_backward is not seen, as autograd does not see it either.
+    """
+
+    def __init__(self, note: Callable[[], Any] = lambda: None):
+        self._note, self._kept = note, list[weakref.ref[_Saved]]()
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda holder: holder.tensor)
+
+    def _pack(self, tensor: torch.Tensor) -> _Saved:
+        holder = _Saved(tensor.detach(), self._note())  # not the tensor: an output would keep its own graph alive
+        self._kept.append(weakref.ref(holder))
+        return holder
+
+    def __enter__(self) -> Saving:
+        self._hooks.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._hooks.__exit__(*error)
+
+    def alive(self, exclude: Iterable[torch.Tensor] = ()) -> dict[int, list[_Saved]]:
+        """Storage -> who holds it, without the storages of `exclude`.
+
+        A storage goes by its address in PyTorch, not by that of its bytes: the meta device has none.
+        """
+        apart = {storage_key(tensor) for tensor in exclude}
+        found: dict[int, list[_Saved]] = {}
+        for ref in self._kept:
+            if (holder := ref()) is not None and (key := storage_key(holder.tensor)) not in apart:
+                found.setdefault(key, []).append(holder)
+        return found
+
+    def bytes(self, exclude: Iterable[torch.Tensor] = ()) -> int:
+        return sum(holders[0].tensor.untyped_storage().nbytes() for holders in self.alive(exclude).values())
+
+
+def storage_key(tensor: torch.Tensor) -> int:
+    """The same for every view of a storage, and another one for every other storage that is alive."""
+    return tensor.untyped_storage()._cdata
 
 
 def saved_bytes(forward: Callable[[], object], exclude: Iterable[torch.Tensor] = ()) -> int:
     """Bytes that stay alive for backward once `forward()` has returned its loss (or anything that holds the graph).
 
     Every storage counts once and whole, however many views of it were saved. Storages of `exclude` (parameters,
-    buffers, inputs: alive with or without the graph) do not count. A tensor that an autograd.Function keeps as an
-    attribute instead of by save_for_backward is not seen, as autograd does not see it either.
+    buffers, inputs: alive with or without the graph) do not count. On any device, the meta device included.
     """
-    kept: list[weakref.ref[_Saved]] = []
-
-    def pack(tensor: torch.Tensor) -> _Saved:
-        holder = _Saved(tensor.detach())  # not the tensor: an output would keep its own graph alive
-        kept.append(weakref.ref(holder))
-        return holder
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda holder: holder.tensor):
+    with Saving() as saving:
         graph = forward()
-    apart = {tensor.untyped_storage().data_ptr() for tensor in exclude}
-    storages = (holder.tensor.untyped_storage() for ref in kept if (holder := ref()) is not None)
-    sizes = {storage.data_ptr(): storage.nbytes() for storage in storages if storage.data_ptr() not in apart}
+    count = saving.bytes(exclude)
     del graph  # only now: the count is of what the graph keeps
-    return sum(sizes.values())
+    return count
 
 
 def saved_bytes_per_token_per_layer(
@@ -182,6 +216,18 @@ def peak_memory(run: Callable[[], object], device: torch.device | str = "cpu") -
     run()
     after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     return Peak(before, after, "ru_maxrss of the whole process; the rise is a lower bound")
+
+
+def give_blocks_back(size: int = 1 << 20) -> None:
+    """From now on this process gives every freed block of `size` bytes or more back at once, so that resident memory is
+    what is held. By default glibc keeps and splits blocks of up to 32 MiB: a step then needs up to twice as much.
+
+    Raises StudyError where the C library has no mallopt.
+    """
+    M_MMAP_THRESHOLD = -3
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "mallopt") or libc.mallopt(M_MMAP_THRESHOLD, size) != 1:
+        raise StudyError("this C library has no mallopt: memory cannot be measured with freed blocks given back")
 
 
 def fresh_process(function: Callable[..., Any], *args: Any) -> Any:

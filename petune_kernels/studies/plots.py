@@ -93,3 +93,80 @@ def _bars(
         axes.annotate(label, (place, top), xytext=(0, 5), textcoords="offset points", ha="center")
     axes.set(title=title, ylabel=unit, xticks=range(len(VARIANTS)), xticklabels=VARIANTS)
     axes.margins(x=0.25, y=0.15)
+
+
+PARTS = {
+    "weights": ("#000000", ""),
+    "optimizer": ("#000000", "//"),
+    "gradients": ("#000000", ".."),
+    "q k v": ("#0072B2", ""),
+    "attention output": ("#56B4E9", ""),
+    "attention scores": ("#0072B2", "//"),
+    "norm rows": ("#009E73", ""),
+    "feed-forward u": ("#E69F00", ""),
+    "dropout masks": ("#D55E00", ""),
+    "low-rank products": ("#CC79A7", "//"),
+    "projection inputs": ("#CC79A7", ""),
+    "layer inputs": ("#009E73", "//"),
+    "other": ("#999999", ""),
+    "transients": ("#F0E442", ""),
+    "inputs": ("#F0E442", "//"),
+}
+"""Colour and hatch of a part of memory, from the bottom of a bar up."""
+
+
+def report_figure(result: dict[str, Any], path: Path) -> None:
+    """A stacked bar for every memory level: what is saved for backward, and what is held at the worst moment; as a PNG.
+
+    A diamond is what was measured.
+    """
+    s, levels = result["settings"], result["levels"]
+    predicted = {name: row["predicted"] for name, row in levels.items()}
+    measured = {name: row["measured"] for name, row in levels.items() if "measured" in row}
+    saved = {name: m["saved"] for name, m in measured.items()}
+    peak = {
+        name: m.get("rise_given_back", m["rise"]) + predicted[name]["total"] - predicted[name]["rise"]
+        for name, m in measured.items()
+    }
+    with matplotlib.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
+        figure = Figure(figsize=(4 + 1.5 * len(levels), 5.2), dpi=150, layout="constrained")
+        left, right = figure.subplots(1, 2)
+        _stacks(left, "Saved for backward", {name: row["groups"] for name, row in predicted.items()}, saved)
+        _stacks(right, "Held at the worst moment of a step", {n: row["peak"] for n, row in predicted.items()}, peak)
+        handles = {
+            label: bar for axes in (left, right) for bar, label in zip(*axes.get_legend_handles_labels(), strict=True)
+        }
+        order = [name for name in (*PARTS, "measured") if name in handles]
+        figure.legend([handles[n] for n in order], order, loc="outside right center", frameon=False, reverse=True)
+        tokens = f"{s['batch']} x {s['length']} tokens{', padded' if s['padded'] else ''}"
+        figure.suptitle(
+            f"{Path(s['model']).name}, {s['regime']} tuning, {tokens}, {s['dtype']}, on {s['device']}: predicted"
+        )
+        figure.savefig(path)
+
+
+def _stacks(axes: Axes, title: str, bars: Mapping[str, Mapping[str, int]], measured: Mapping[str, int]) -> None:
+    top = max(sum(parts.values()) for parts in bars.values()) / MIB
+    for name, (colour, hatch) in PARTS.items():
+        sizes = [parts.get(name, 0) / MIB for parts in bars.values()]
+        if max(sizes) < top / 500:
+            continue
+        below = [sum(parts.get(n, 0) for n in list(PARTS)[: list(PARTS).index(name)]) / MIB for parts in bars.values()]
+        axes.bar(
+            range(len(bars)),
+            sizes,
+            0.65,
+            below,
+            color=colour,
+            hatch=hatch,
+            edgecolor="white",
+            linewidth=0.6,
+            label=name,
+        )
+    for place, (name, parts) in enumerate(bars.items()):
+        total = sum(parts.values()) / MIB
+        axes.annotate(f"{total:,.0f}", (place, total), xytext=(0, 5), textcoords="offset points", ha="center")
+        if name in measured:
+            axes.plot(place, measured[name] / MIB, "D", color="white", markeredgecolor="black", label="measured")
+    axes.set(title=title, ylabel="MiB", xticks=range(len(bars)), xticklabels=[n.replace(" ", "\n") for n in bars])
+    axes.set_ylim(0, 1.08 * top or 1)

@@ -34,10 +34,15 @@ def read_config(folder: Path, labels: int, dropout: bool = True) -> Any:
     except (OSError, ValueError) as error:
         raise InputError(f"--model {folder} is not a folder with a transformers model: {_first_line(error)}") from error
     if not dropout:
-        for name, value in config.to_dict().items():
-            if "dropout" in name and isinstance(value, float):
-                setattr(config, name, 0.0)
+        without_dropout(config)
     return config
+
+
+def without_dropout(config: Any) -> None:
+    """Sets every dropout rate in a config to 0."""
+    for name, value in config.to_dict().items():
+        if ("dropout" in name or "pdrop" in name) and isinstance(value, float):
+            setattr(config, name, 0.0)
 
 
 def load_model(
