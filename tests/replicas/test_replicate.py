@@ -199,12 +199,21 @@ def test_a_call_that_would_mix_replicas_is_refused() -> None:
     model.gradient_checkpointing_enable()
     with pytest.raises(pk.ReplicaError, match="gradient checkpointing"):
         model.train()(**unlabelled(whole))
-    model.gradient_checkpointing_disable()
+    model.eval().gradient_checkpointing_disable()
     runs.stop(0)
     assert runs.active == (1,) and model(**unlabelled(inputs)).logits.shape == (3, 3)
     for misuse in (runs.stop, lambda g: runs.manual_seed(g, 0)):
         with pytest.raises(pk.ReplicaError, match="replica 0 was stopped"):
             misuse(0)
+    runs.resume(0)
+    one = model(**runs.repeat(unlabelled(inputs))).logits
+    assert runs.active == (1, 0)
+    with torch.no_grad():
+        own = runs.replica(0)(**unlabelled(inputs)).logits
+    torch.testing.assert_close(runs.split(one)[1], own, rtol=1e-4, atol=1e-5)
+    with pytest.raises(pk.ReplicaError, match="replica 0 was not stopped"):
+        runs.resume(0)
+    runs.stop(0)
     with pytest.raises(IndexError, match="replica 7; there are 0 to 1"):
         runs.parameters(7)
     runs.stop(1)
