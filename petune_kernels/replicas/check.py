@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as hooks
 
+from .. import meta
 from ..ops import _seeds
 from ..patch import PatchReport, pattern, trace
 
@@ -56,7 +57,7 @@ def check(model: nn.Module, trained: Mapping[str, nn.Parameter], binders: Binder
         return f"it cannot be copied: {type(error).__name__}: {error}"
     for path, binder in binders.items():
         binder(packed.get_submodule(path))
-    with torch.random.fork_rng(cuda), pattern.no_autocast(device):
+    with torch.random.fork_rng(cuda), meta.no_autocast(device):
         own = []
         for g, one in enumerate(alone):
             torch.manual_seed(_SEEDS[g])

@@ -11,7 +11,7 @@ of torch's ops on the device asked for is followed inside.
 
 Not seen: what a kernel takes for itself (oneDNN's packed weights, a matmul's workspace, partial sums), what an
 allocator rounds up or cannot give back, and the process (Python, torch). CUDA's own way is taken where torch's
-functions differ by device (attention, dropout), AdamW's there is torch's default of one tensor at a time.
+functions differ by device (attention, dropout).
 
 Saved bytes are those of `measure.saved_bytes`, by the same code.
 """
@@ -105,6 +105,8 @@ def follow(
         updates = train.Updates([([p for p in parameters if p.requires_grad], 1e-3)], steps=2)
         torch.autograd.backward(loss_of(model, batch))  # not Tensor.backward, within which Device would be off
         updates.step()
+        for setting in updates.optimizer.param_groups:
+            setting["fused"] = True  # as on a real device, from now on: setting up the states refuses the meta device
         ledger.label_rest("optimizer")
         between, sizes = ledger.now, ledger.by_label()
         for p in parameters:
@@ -159,7 +161,9 @@ class _Ledger(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta and args[0].is_floating_point():
-            return 1.0  # AdamW's count of steps, the loss: nothing is decided by them
+            return 1.0  # the loss: nothing is decided by it
+        if func.overloadpacket is torch.ops.aten._fused_adamw_:
+            return None  # in place, and not there on the meta device
         composed = backends.composed(func._opname, self._device) if func.namespace == "petune" else None
         if composed is None:
             out = func(*args, **kwargs)

@@ -118,10 +118,11 @@ class Updates:
         wide, listed = iter(self._wide), []
         for parameters, lr in groups:
             listed.append({"params": [next(wide) for _ in parameters], "lr": lr})
-        self._optimizer = torch.optim.AdamW(listed, fused=True, **adamw)  # on a CPU a fifth of the default's time
+        fused = not any(p.is_meta for p in self._wide)  # on a CPU a fifth of the default's time; not there on meta
+        self.optimizer = torch.optim.AdamW(listed, fused=fused, **adamw)
         warm = max(1, round(warmup * steps))
         self._schedule = torch.optim.lr_scheduler.LambdaLR(
-            self._optimizer, lambda i: min((i + 1) / warm, max(0.0, (steps - i) / max(1, steps - warm)))
+            self.optimizer, lambda i: min((i + 1) / warm, max(0.0, (steps - i) / max(1, steps - warm)))
         )
 
     def step(self) -> None:
@@ -132,7 +133,7 @@ class Updates:
                     wide.grad = None if p.grad is None else p.grad.float()
             if self._clip is not None:
                 nn.utils.clip_grad_norm_(self._wide, self._clip)
-            self._optimizer.step()
+            self.optimizer.step()
             for p, wide in zip(self._trained, self._wide, strict=True):
                 if wide is not p:
                     p.copy_(wide)
