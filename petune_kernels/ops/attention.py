@@ -155,18 +155,24 @@ def _check_mask(op: str, mask: Tensor, q: Tensor, K: int) -> Tensor:
     if mask.dim() > 4 or any(m not in (1, n) for m, n in zip(reversed(mask.shape), reversed(full), strict=False)):
         raise ValueError(f"{op}: mask has shape {tuple(mask.shape)}; accepted is one that broadcasts to {full}")
     mask = mask.reshape((1,) * (4 - mask.dim()) + mask.shape)
-    for dim in range(3):  # an expanded mask is converted once, not once a repetition
-        if mask.stride(dim) == 0:
-            mask = mask.narrow(dim, 0, 1)
-    mask = additive_mask(mask.expand(-1, -1, -1, K), q.dtype)
+    mask = additive_mask(_once(mask).expand(-1, -1, -1, K), q.dtype)  # converted once, not once a repetition
     if K > 1 and mask.stride(3) != 1:
         mask = mask.contiguous()
     return mask.expand(full)
 
 
+def _once(mask: Tensor) -> Tensor:
+    """An expanded mask [B, h, S, K] without its repetitions over the first three dimensions."""
+    for dim in range(3):
+        if mask.stride(dim) == 0:
+            mask = mask.narrow(dim, 0, 1)
+    return mask
+
+
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p: float, scale: float, causal: bool) -> Tensor:
     S, K = q.shape[2], k.shape[2]
     k, v = _per_head(q, k, v)
+    mask = None if mask is None else _once(mask)  # torch pads a mask to its alignment as it is given, repetitions and all
     if causal and (mask is not None or S != K):  # SDPA aligns its causal mask at the first column, and takes only one
         hidden = torch.ones(S, K, dtype=torch.bool, device=q.device).triu(1 + K - S)
         mask = torch.zeros((), dtype=q.dtype, device=q.device) if mask is None else mask

@@ -5,8 +5,8 @@ pattern names ours there, for a whole transformers model at a time, and puts the
 set_attn_implementation, models that were built from one config object share the choice.
 
 A query that sees no key (padding before a text) gets what the former function gave it: zeros after "sdpa", the mean of
-all values after "eager". Taken over are these two; another choice (flash, flex) is the user's. On CUDA torch's fused
-attention stays.
+all values after "eager". Taken over are these two; another choice (flash, flex) is the user's. On CUDA the op
+calls torch's fused attention, with a mask that is made once, and keeps none of it where a part of the model runs again.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import meta
 from ..ops import attention as op
 from . import pattern, trace
 from .trace import Trace
@@ -36,12 +35,11 @@ def unfit(root: nn.Module) -> str:
     """Why this model's attention is none of ours, or ''."""
     model: Any = root
     own = getattr(model.config, "_attn_implementation", None)
-    device = next((meta.kind(p.device) for p in root.parameters()), "cpu")
     if not model._can_set_attn_implementation():
         return "its attention does not go through transformers' AttentionInterface"
     if own not in ("eager", "sdpa", None):
         return f"attn_implementation is {own!r}, which is kept"
-    return "on CUDA torch's fused attention stays" if device == "cuda" else ""
+    return ""
 
 
 def verify(root: nn.Module, seen: Trace) -> tuple[str, list[nn.Module]]:
