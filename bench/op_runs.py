@@ -70,7 +70,13 @@ def run_ops(settings: Settings, files: Files, console: Console, benchmark: str =
     harness.check_names("--op", settings.names, known)
     result = harness.Result(files, benchmark, dataclasses.asdict(settings), device)
     chosen = [case for case in ops.CASES if not settings.names or case.op in settings.names]
-    todo = [(w, d, case) for w in settings.widths for d in settings.dtypes for case in chosen]
+    todo = [
+        (w, d, case)
+        for w in settings.widths
+        for d in settings.dtypes
+        for case in chosen
+        if not (case.wide and train.DTYPES[d].itemsize > 2)
+    ]
     result.data["ceilings"] = {name: ceilings(device, train.DTYPES[name]) for name in settings.dtypes}
     with harness.progress(console, len(todo)) as begin:
         for width, dtype, case in todo:

@@ -35,6 +35,7 @@ class OpCase:
     Attributes:
         shapes: of each input, in the letters of `sizes`.
         frozen: the inputs that get no gradient.
+        wide: the inputs that are float32 beside 16-bit ones; such a case is timed in 16 bits only.
         expression: the op in PyTorch, from inputs and dropout.
         ours: the same from inputs, p and a seed (None: the op draws its own).
         peers: for each peer, what imports it and returns its call; it computes the same with dropout off.
@@ -51,6 +52,7 @@ class OpCase:
     bytes: str
     flops: str = "0"
     p: float = 0.0
+    wide: tuple[str, ...] = ()
     eager: Callable[[Tensors, float], Any] | None = None
     peers: Mapping[str, Callable[[], Callable[[Tensors], Any]]] = field(default_factory=dict)
 
@@ -136,7 +138,9 @@ def _lorafusion() -> Callable[[Tensors], Any]:
 
 
 def _lora(t: Tensors, drop: Drop) -> Tensor:
-    return F.linear(t["x"], t["w"], t["c"]) + 2.0 * F.linear(F.linear(drop(t["x"]), t["a"]), t["b"])
+    """As PEFT's layer runs, its casts included."""
+    update = F.linear(F.linear(drop(t["x"].to(t["a"].dtype)), t["a"]), t["b"])
+    return (F.linear(t["x"], t["w"], t["c"]) + update * 2.0).to(t["x"].dtype)
 
 
 def _our_lora(t: Tensors, p: float, seed: Tensor | None) -> Any:
@@ -153,11 +157,22 @@ def _packed(t: Tensors, drop: Drop) -> tuple[Tensor, ...]:
 
 _NORM = {"x": "T H", "gamma": "H", "beta": "H"}
 _RMS = {"x": "T H", "gamma": "H"}
-_LORA = {"x": "T H", "w": "H H", "c": "H", "a": "r H", "b": "H r"}
 _HEADS = {name: "B h S D" for name in "qkv"}
-_LORA_FLOPS = "4*T*H*H + 12*T*r*H"  # the frozen product forward and back, the update's two products and their gradients
-_LORA_BYTES = "s*(5*T*H + 2*H*H)"
 _ATTENTION_FLOPS = "14*T*S*H"  # two products forward, five backward: the scores are computed again
+
+
+def _lora_case(inside: str, outside: str, p: float, wide: bool) -> OpCase:
+    """K and N in the letters of `sizes`; flops of the frozen product forward and back, the update's two products and
+    their gradients."""
+    K, N = inside, outside
+    return OpCase(
+        "lora_linear", f"{K} to {N} p={p}" + (" float32 adapter" if wide else ""),
+        {"x": f"T {K}", "w": f"{N} {K}", "c": N, "a": f"r {K}", "b": f"{N} r"}, ("w", "c"), _lora, _our_lora,
+        f"s*(3*T*{K} + 2*T*{N} + 2*{K}*{N})", f"4*T*{K}*{N} + 6*T*r*({K} + {N})", p=p, wide=("a", "b") if wide else (),
+        peers={} if p or wide else {"lorafusion": _lorafusion},
+    )  # fmt: skip
+
+
 _PROJECTIONS = {"x": "T H"} | {f"w{i}": "H H" for i in range(3)} | {f"c{i}": "H" for i in range(3)}
 
 CASES = (
@@ -183,8 +198,7 @@ CASES = (
              lambda t, p, seed: attention(t["q"], t["k"], t["v"], p=p, seed=seed), "12*T*H*s", _ATTENTION_FLOPS, p=p,
              eager=lambda t, p: F.scaled_dot_product_attention(t["q"], t["k"], t["v"], dropout_p=p))
       for p in (0.0, 0.1)),
-    *(OpCase("lora_linear", f"p={p}", _LORA, ("w", "c"), _lora, _our_lora, _LORA_BYTES, _LORA_FLOPS, p=p,
-             peers={} if p else {"lorafusion": _lorafusion}) for p in (0.0, 0.1)),
+    *(_lora_case(K, N, p, wide) for wide in (False, True) for K in "HN" for N in "HN" for p in (0.0, 0.1)),
     OpCase("packed_linear", "q k v", _PROJECTIONS, ("w0", "w1", "w2"), _packed,
            lambda t, p, seed: packed_linear(t["x"], [t[f"w{i}"] for i in range(3)], [t[f"c{i}"] for i in range(3)]),
            "s*(8*T*H + 6*H*H)", "12*T*H*H"),
@@ -211,7 +225,8 @@ def inputs(case: OpCase, letters: Mapping[str, int], dtype: torch.dtype, device:
         lengths = [letters[letter] for letter in shape.split()]
         weight = len(lengths) == 2 and shape[0] != "T"
         value = torch.randn(lengths, generator=generator) * (lengths[1] ** -0.5 if weight else 1.0)
-        found[name] = value.to(device, dtype).requires_grad_(name not in case.frozen)
+        kept = torch.float32 if name in case.wide else dtype
+        found[name] = value.to(device, kept).requires_grad_(name not in case.frozen)
     if case.op == "packed_linear":  # the weights behind one another, as patch() lays them
         weights = [name for name in found if name.startswith("w")]
         found |= zip(weights, torch.cat([found[name] for name in weights]).chunk(len(weights)), strict=True)

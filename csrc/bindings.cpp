@@ -366,6 +366,56 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(Tensor d_o, Tensor q, Tens
                                dk.data_ptr(), dv.data_ptr()});
   return {dq, dk, dv};
 }
+
+// The factors of one replica [r, K], [N, r] or of several [G, r, K], [G, N, r].
+struct Adapter {
+  int64_t K, N, r, G;
+
+  Adapter(const Tensor& a, const Tensor& b, int64_t T)
+      : K(a.size(a.dim() - 1)), N(b.size(b.dim() - 2)), r(a.size(a.dim() - 2)), G(a.dim() == 3 ? a.size(0) : 1) {
+    STD_TORCH_CHECK(
+        b.dim() == a.dim() && b.numel() == G * N * r && a.numel() == G * r * K && dtype_of(a) == dtype_of(b),
+        "petune: lora_adapter's a and b do not match");
+    STD_TORCH_CHECK(G > 0 && T % G == 0, "petune: the replicas do not divide the rows");
+  }
+};
+
+void is_rows(const Tensor& t, int64_t T, int64_t H, DType dtype) {
+  STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == T && t.size(1) == H && t.is_contiguous() && dtype_of(t) == dtype,
+                  "petune: lora_adapter takes contiguous rows of one dtype");
+}
+
+void lora_adapter(Tensor y, Tensor x, Tensor a, Tensor b, MaybeTensor bias_b, MaybeTensor seed, double p,
+                  double scale) {
+  const int64_t T = x.size(0);
+  const Adapter shape(a, b, T);
+  is_rows(x, T, shape.K, dtype_of(x)), is_rows(y, T, shape.N, dtype_of(x));
+  STD_TORCH_CHECK(!bias_b || (bias_b->numel() == shape.G * shape.N && dtype_of(*bias_b) == dtype_of(a)),
+                  "petune: lora_adapter's bias_b does not match");
+  const Seed seeds(seed, T);
+  kernels::lora_adapter({T, shape.K, shape.N, shape.r, shape.G, seeds.count, dtype_of(x), dtype_of(a), read(x), read(a),
+                         read(b), read(bias_b), seeds.data, p, scale, write(y)});
+}
+
+std::tuple<Tensor, Tensor> lora_adapter_backward(MaybeTensor dx, Tensor dy, MaybeTensor x, Tensor a, Tensor b,
+                                                 MaybeTensor seed, double p, double scale, bool want_da, bool want_db) {
+  const int64_t T = dy.size(0);
+  const Adapter shape(a, b, T);
+  STD_TORCH_CHECK(x || !(want_da || want_db), "petune: the gradients of a and b need x");
+  is_rows(dy, T, shape.N, dtype_of(dy));
+  if (x) is_rows(*x, T, shape.K, dtype_of(dy));
+  if (dx) is_rows(*dx, T, shape.K, dtype_of(dy));
+  const Seed seeds(seed, T);
+  Output da(want_da, a, shape_of(a)), db(want_db, b, shape_of(b));
+  LoraAdapterBackward args{
+      T,         shape.K,   shape.N, shape.r, shape.G,    seeds.count, dtype_of(dy), dtype_of(a),
+      read(dy),  read(x),   read(a), read(b), seeds.data, p,           scale,        dx ? write(*dx) : nullptr,
+      da.data(), db.data(), nullptr};
+  Tensor workspace = Launch::workspace(dy, kernels::lora_adapter_backward_workspace(args));
+  args.workspace = write(workspace);
+  kernels::lora_adapter_backward(args);
+  return {da.tensor, db.tensor};
+}
 #endif
 
 STABLE_TORCH_LIBRARY_IMPL(petune, PETUNE_KEY, m) {
@@ -380,6 +430,8 @@ STABLE_TORCH_LIBRARY_IMPL(petune, PETUNE_KEY, m) {
 #ifndef PETUNE_CUDA
   m.impl("attention", TORCH_BOX(&attention));
   m.impl("attention_backward", TORCH_BOX(&attention_backward));
+  m.impl("lora_adapter", TORCH_BOX(&lora_adapter));
+  m.impl("lora_adapter_backward", TORCH_BOX(&lora_adapter_backward));
 #endif
 }
 

@@ -1,7 +1,8 @@
 r"""`lora_linear` and `packed_linear` by torch's own matmuls (oneDNN, MKL, cuBLAS): their CPU and default CUDA kernels.
 
 Everything around the frozen matmul is arranged so that a result is written at most twice: once by the matmul (with the
-bias where its dtype allows) and once by one addmm_ that folds in every low-rank term at a time.
+bias where its dtype allows) and once by `lora_adapter`, which adds the low-rank term: on the CPU csrc/cpu/
+lora_adapter.cpp, on CUDA the functions here.
 
 Low-rank terms in float32 beside 16-bit activations. An adapter in float32 must not lose its low bits, yet the result is
 16-bit and so is its matmul. Each float32 factor u is two 16-bit terms, u = high + low with an error of 2^-17 for bf16,
@@ -91,27 +92,34 @@ def _forward(x, w, bias, a, b, bias_b, seed, p, scale, merged):
         else:
             w = torch.add(w, _small(b) @ _small(a), alpha=scale).to(w.dtype)
     y = F.linear(x, w, bias if fits else None)
-    G = next((t.shape[0] for t, d in ((a, 3), (bias, 2), (bias_b, 2)) if t is not None and t.dim() == d), 1)
-    x, y_rows = _by_replica(x, G), _by_replica(y, G)
-    terms = []
-    if bias is not None and not fits:
-        terms.append((_ones(x, bias.dtype), _column(bias, G)))
+    columns = [(bias, 1.0)] if bias is not None and not fits else []
+    columns += [(bias_b, scale)] if bias_b is not None and merged else []
+    if columns:
+        G = max(1 if c.dim() == 1 else c.shape[0] for c, _ in columns)
+        rows = _by_replica(y, G)
+        _fold(rows, [(_ones(rows, c.dtype) * factor, _column(c, G)) for c, factor in columns])
     if a is not None and not merged:
-        a, b = _small(a), _small(b)
-        if seed is None:
-            xa = _project(x, a)
-        elif a.dtype == x.dtype:
-            xa = _project(torch.ops.petune.dropout(x.reshape(-1, x.shape[-1]), seed, p).reshape(x.shape), a)
-        else:  # float32 arithmetic must not see x rounded after the factor 1/(1-p)
-            xa = _project(x * _mask(x, x.shape[-1], seed, p, True).reshape(x.shape), a, 1.0 / (1.0 - p))
-        if terms or bias_b is not None or a.dtype != x.dtype:
-            terms.append((xa * scale, b))
-        else:  # the usual case: nothing to gather, and the scale rides along
-            _accumulate(y_rows, xa, b.mT, scale)
+        bias_b = None if bias_b is None else bias_b.contiguous()
+        torch.ops.petune.lora_adapter(y, x, a.contiguous(), b.contiguous(), bias_b, seed, p, scale)
+    return y
+
+
+def lora_adapter(y, x, a, b, bias_b, seed, p, scale):
+    G = a.shape[0] if a.dim() == 3 else 1
+    x, y, a, b = _by_replica(x, G), _by_replica(y, G), _small(a), _small(b)
+    if seed is None:
+        xa = _project(x, a)
+    elif a.dtype == x.dtype:
+        xa = _project(torch.ops.petune.dropout(x.reshape(-1, x.shape[-1]), seed, p).reshape(x.shape), a)
+    else:  # float32 arithmetic must not see x rounded after the factor 1/(1-p)
+        xa = _project(x * _mask(x, x.shape[-1], seed, p, True).reshape(x.shape), a, 1.0 / (1.0 - p))
+    if bias_b is None and a.dtype == x.dtype:  # the usual case: nothing to gather, and the scale rides along
+        _accumulate(y, xa, b.mT, scale)
+        return
+    terms = [(xa * scale, b)]
     if bias_b is not None:
         terms.append((_ones(x, bias_b.dtype) * scale, _column(bias_b, G)))
-    _fold(y_rows, terms)
-    return y
+    _fold(y, terms)
 
 
 def _ones(rows: Tensor, dtype: torch.dtype) -> Tensor:
@@ -132,9 +140,7 @@ def lora_linear_backward(dy, x, w, a, b, seed, p, scale, groups, want_dx, want_d
 
 
 def _backward(like, dy, x, w, a, b, seed, p, scale, groups, want_dx, want_da, want_db, want_dsum):
-    K, n = w[0].shape[1], len(w)
-    dx, terms = None, []
-    G = max((m.shape[0] for m in a if m is not None and m.dim() == 3), default=1)
+    n, dx = len(w), None
     da, db, dsum = ([like.new_empty([0]) for _ in range(n)] for _ in range(3))
     for i in range(n):
         dy_i = dy[i]
@@ -150,21 +156,50 @@ def _backward(like, dy, x, w, a, b, seed, p, scale, groups, want_dx, want_da, wa
             dx = dy_i @ w[i] if dx is None else dx.addmm_(dy_i, w[i])
         if want_dsum[i]:
             dsum[i] = torch.ops.petune.column_sum(dy_i, groups)
-        if a[i] is None or not (want_dx or want_da[i] or want_db[i]):
-            continue
-        wide = a[i].dtype != dy_i.dtype
-        mask = None
-        if seed[i] is not None:
-            mask = _by_replica(_mask(like, K, seed[i], p[i], wide), G)
-        dxa, da_i, db_i = _adapter_gradients(dy_i, x, a[i], b[i], mask, p[i], want_dx, want_da[i], want_db[i], scale[i])
-        da[i], db[i] = da_i if want_da[i] else da[i], db_i if want_db[i] else db[i]
-        if want_dx and mask is None:
-            terms.append((dxa, _small(a[i]).mT))
-        elif want_dx:
-            _add_masked(_by_replica(dx, G), dxa, _small(a[i]), mask, p[i])
-    if want_dx:
-        _fold(_by_replica(dx, G), terms)
+        if a[i] is not None and (want_dx or want_da[i] or want_db[i]):
+            da[i], db[i] = torch.ops.petune.lora_adapter_backward(
+                dx, dy_i, x, a[i].contiguous(), b[i].contiguous(), seed[i], p[i], scale[i], want_da[i], want_db[i]
+            )
     return (dx if want_dx else like.new_empty([0])), da, db, dsum
+
+
+def lora_adapter_backward(dx, dy, x, a, b, seed, p, scale, want_da, want_db):
+    """dA and dB from one pass over dy and one over dropout(x)."""
+    G, K, wide = a.shape[0] if a.dim() == 3 else 1, a.shape[-1], a.dtype != dy.dtype
+    shape_a, shape_b, a, b = a.shape, b.shape, _small(a), _small(b)
+    mask = None if seed is None else _by_replica(_mask(dy, K, seed, p, wide), G)
+    # what the mask lacks of 1/(1-p); where it is of zeros and ones, all of it
+    keep = 1.0 if mask is None else 1.0 / (1.0 - p) if wide else _unrounded(p, dy.dtype)
+    dy, dxa, da, db = _by_replica(dy, G), None, None, None
+    if want_da or want_db:
+        x = _by_replica(x, G)
+        x = x if mask is None else x * mask
+    xa = _project(x, a, keep) if want_db else None
+    if not wide:
+        if dx is not None or want_da:
+            dxa = _product(dy, b, scale)
+        if want_da:
+            da = _product(dxa.mT, x, keep)
+        if want_db:  # [r, N] first: a matmul with r rows is several times faster than one with r columns
+            db = _product(xa.mT, dy, scale)
+    else:
+        dxa = torch.empty([*dy.shape[:-1], a.shape[-2]], dtype=a.dtype, device=dy.device)
+        da = torch.zeros_like(a) if want_da else None
+        db = a.new_zeros([*b.shape[:-2], b.shape[-1], b.shape[-2]]) if want_db else None
+        for start, n in _blocks(G, dy.shape[-2], max(K, b.shape[-2])):
+            rows, part = dy.narrow(-2, start, n).float(), dxa.narrow(-2, start, n)
+            if dx is not None or want_da:
+                part.copy_(_product(rows, b, scale))
+            if want_da:
+                _accumulate(da, part.mT, x.narrow(-2, start, n).float(), keep)
+            if want_db:
+                _accumulate(db, xa.narrow(-2, start, n).mT, rows, scale)
+    if dx is not None and mask is None:
+        _fold(_by_replica(dx, G), [(dxa, a.mT)])
+    elif dx is not None:
+        _add_masked(_by_replica(dx, G), dxa, a, mask, p)
+    da = dy.new_empty([0]) if da is None else da.reshape(shape_a)
+    return da, dy.new_empty([0]) if db is None else db.mT.reshape(shape_b).contiguous()
 
 
 def _mask(like: Tensor, K: int, seed: Tensor, p: float, ones: bool) -> Tensor:
@@ -186,40 +221,6 @@ def _add_masked(dx: Tensor, dxa: Tensor, a: Tensor, mask: Tensor, p: float) -> N
     for start, n in _blocks(dx.shape[0] if dx.dim() == 3 else 1, dx.shape[-2], dx.shape[-1]):
         product = _product(dxa.narrow(-2, start, n), a, 1.0 / (1.0 - p))
         dx.narrow(-2, start, n).add_(product.mul_(mask.narrow(-2, start, n).float()))
-
-
-def _adapter_gradients(dy, x, a, b, mask, p, want_dx, want_da, want_db, scale):
-    """scale * dy B [T, r], dA and dB, from one pass over dy and one over dropout(x)."""
-    G = a.shape[0] if a.dim() == 3 else 1
-    shape_a, shape_b, a, b = a.shape, b.shape, _small(a), _small(b)
-    dy, wide, dxa, da, db = _by_replica(dy, G), a.dtype != dy.dtype, None, None, None
-    # what the mask lacks of 1/(1-p); where it is of zeros and ones, all of it
-    keep = 1.0 if mask is None else 1.0 / (1.0 - p) if wide else _unrounded(p, dy.dtype)
-    if want_da or want_db:
-        x = _by_replica(x, G)
-        x = x if mask is None else x * mask
-    xa = _project(x, a, keep) if want_db else None
-    if not wide:
-        if want_dx or want_da:
-            dxa = _product(dy, b, scale)
-        if want_da:
-            da = _product(dxa.mT, x, keep)
-        if want_db:  # [r, N] first: a matmul with r rows is several times faster than one with r columns
-            db = _product(xa.mT, dy, scale)
-    else:
-        dxa = torch.empty([*dy.shape[:-1], a.shape[-2]], dtype=a.dtype, device=dy.device)
-        da = torch.zeros_like(a) if want_da else None
-        db = a.new_zeros([*b.shape[:-2], b.shape[-1], b.shape[-2]]) if want_db else None
-        for start, n in _blocks(G, dy.shape[-2], max(a.shape[-1], b.shape[-2])):
-            rows, part = dy.narrow(-2, start, n).float(), dxa.narrow(-2, start, n)
-            if want_dx or want_da:
-                part.copy_(_product(rows, b, scale))
-            if want_da:
-                _accumulate(da, part.mT, x.narrow(-2, start, n).float(), keep)
-            if want_db:
-                _accumulate(db, xa.narrow(-2, start, n).mT, rows, scale)
-    db = None if db is None else db.mT.reshape(shape_b)
-    return dxa, None if da is None else da.reshape(shape_a), db if db is None else db.contiguous()
 
 
 def _accumulate(out: Tensor, u: Tensor, v: Tensor, scale: float = 1.0) -> None:
@@ -276,6 +277,8 @@ def _register() -> None:
     for kernel in kernels:
         for key in ("CPU", "CUDA"):
             torch.library.impl(f"{NAMESPACE}::{kernel.__name__}", key, kernel)
+    for kernel in (lora_adapter, lora_adapter_backward):  # the CPU has csrc/cpu/lora_adapter.cpp
+        torch.library.impl(f"{NAMESPACE}::{kernel.__name__}", "CUDA", kernel)
 
 
 _register()

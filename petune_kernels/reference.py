@@ -223,30 +223,58 @@ def _by_replica(x: torch.Tensor, groups: int) -> torch.Tensor:
     return _wide(x).reshape(groups, -1, x.shape[-1])
 
 
+def _update(x, a, b, bias_b, seed, p, scale):
+    """scale (dropout(x) a^T b^T + bias_b), wide."""
+    G, T = 1 if a.dim() == 2 else a.shape[0], x.shape[0]
+    xa = _by_replica(_drop(_wide(x), seed, p), G) @ _by_replica(a, G).mT
+    return scale * ((xa @ _by_replica(b, G).mT).reshape(T, -1) + _rows(bias_b, T))
+
+
+def _update_backward(dy, x, a, b, seed, p, scale, want_dx, want_da, want_db):
+    """The update's share of dx, wide, and da, db; None where not wanted."""
+    G, T, K = 1 if a.dim() == 2 else a.shape[0], dy.shape[0], a.shape[-1]
+    wide_dy = scale * _by_replica(dy, G)
+    dxa, dx, da, db = wide_dy @ _by_replica(b, G), None, None, None
+    if want_dx:
+        dx = _drop((dxa @ _by_replica(a, G)).reshape(T, K), seed, p)
+    if want_da or want_db:
+        dropped = _by_replica(_drop(_wide(x), seed, p), G)
+        da = (dxa.mT @ dropped).reshape(a.shape).to(a.dtype)
+        db = (wide_dy.mT @ (dropped @ _by_replica(a, G).mT)).reshape(b.shape).to(b.dtype)
+    return dx, da if want_da else None, db if want_db else None
+
+
+def lora_adapter(y, x, a, b, bias_b, seed, p, scale):
+    y.copy_(_wide(y) + _update(x, a, b, bias_b, seed, p, scale))
+
+
+def lora_adapter_backward(dx, dy, x, a, b, seed, p, scale, want_da, want_db):
+    share, da, db = _update_backward(dy, x, a, b, seed, p, scale, dx is not None, want_da, want_db)
+    if dx is not None:
+        dx.copy_(_wide(dx) + share)
+    return _nothing(a) if da is None else da, _nothing(b) if db is None else db
+
+
 def lora_linear(x, w, bias, a, b, bias_b, seed, p, scale, merged):
-    T, ys = x.shape[0], []
+    ys = []
     for i, w_i in enumerate(w):
-        N = w_i.shape[0]
-        y = _wide(x) @ _wide(w_i).T + _rows(bias[i], T)
+        y = _wide(x) @ _wide(w_i).T + _rows(bias[i], x.shape[0])
         if a[i] is not None:
-            G = 1 if a[i].dim() == 2 else a[i].shape[0]
-            xa = _by_replica(_drop(_wide(x), seed[i], p[i]), G) @ _by_replica(a[i], G).mT
-            update = (xa @ _by_replica(b[i], G).mT).reshape(T, N) + _rows(bias_b[i], T)
-            y = y + scale[i] * update
+            y = y + _update(x, a[i], b[i], bias_b[i], seed[i], p[i], scale[i])
         ys.append(y.to(x.dtype))
     return ys
 
 
 def lora_linear_backward(dy, x, w, a, b, seed, p, scale, groups, want_dx, want_da, want_db, want_dsum):
     like = next(d for d in dy if d is not None)
-    T, K, n = like.shape[0], w[0].shape[1], len(w)
-    dx = _wide(like).new_zeros([T, K])
-    da, db, dsum = ([_nothing(like)] * n for _ in range(3))
+    dx = _wide(like).new_zeros([like.shape[0], w[0].shape[1]])
+    da, db, dsum = ([_nothing(like) for _ in w] for _ in range(3))  # an op's outputs must not alias
     for i, dy_i in enumerate(dy):
-        if want_da[i]:
-            da[i] = torch.zeros_like(a[i])
-        if want_db[i]:
-            db[i] = torch.zeros_like(b[i])
+        if dy_i is None:
+            da[i], db[i] = (
+                torch.zeros_like(m) if want else nothing
+                for m, want, nothing in ((a[i], want_da[i], da[i]), (b[i], want_db[i], db[i]))
+            )
         if want_dsum[i]:
             dsum[i] = _wide(like).new_zeros([groups, w[i].shape[0]]) if dy_i is None else column_sum(dy_i, groups)
         if dy_i is None:
@@ -255,19 +283,12 @@ def lora_linear_backward(dy, x, w, a, b, seed, p, scale, groups, want_dx, want_d
             dx = dx + _wide(dy_i) @ _wide(w[i])
         if a[i] is None:
             continue
-        G = 1 if a[i].dim() == 2 else a[i].shape[0]
-        wide_dy = scale[i] * _by_replica(dy_i, G)
-        dxa = wide_dy @ _by_replica(b[i], G)
+        share, da_i, db_i = _update_backward(
+            dy_i, x, a[i], b[i], seed[i], p[i], scale[i], want_dx, want_da[i], want_db[i]
+        )
         if want_dx:
-            dx = dx + _drop((dxa @ _by_replica(a[i], G)).reshape(T, K), seed[i], p[i])
-        if want_da[i] or want_db[i]:
-            dropped = _by_replica(_drop(_wide(x), seed[i], p[i]), G)
-        if want_da[i]:
-            da[i] = (dxa.mT @ dropped).reshape(a[i].shape).to(a[i].dtype)
-        if want_db[i]:
-            db[i] = (wide_dy.mT @ (dropped @ _by_replica(a[i], G).mT)).reshape(b[i].shape).to(b[i].dtype)
-    # an entry nobody asked for is its own empty tensor: an op's outputs must not alias
-    da, db, dsum = ([t.clone() if t.numel() == 0 else t for t in ts] for ts in (da, db, dsum))
+            dx = dx + share
+        da[i], db[i] = da_i if want_da[i] else da[i], db_i if want_db[i] else db[i]
     return dx.to(like.dtype) if want_dx else _nothing(like), da, db, dsum
 
 

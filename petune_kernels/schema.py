@@ -52,6 +52,12 @@ SCHEMAS = {
     "lora_linear_backward": "(Tensor?[] dy, Tensor? x, Tensor[] w, Tensor?[] a, Tensor?[] b, Tensor?[] seed, "
     "float[] p, float[] scale, int groups, bool want_dx, bool[] want_da, bool[] want_db, bool[] want_dsum) "
     "-> (Tensor dx, Tensor[] da, Tensor[] db, Tensor[] dsum)",
+    # y += scale (dropout(x) a^T b^T + bias_b), and its backward, where dx += mask (scale dy b a) unless it is None:
+    # what lora_linear's matmul kernels call after each frozen matmul.
+    "lora_adapter": "(Tensor(a!) y, Tensor x, Tensor a, Tensor b, Tensor? bias_b, Tensor? seed, float p, float scale) "
+    "-> ()",
+    "lora_adapter_backward": "(Tensor(a!)? dx, Tensor dy, Tensor? x, Tensor a, Tensor b, Tensor? seed, float p, "
+    "float scale, bool want_da, bool want_db) -> (Tensor da, Tensor db)",
     # y is [T, sum of N]: the projections side by side.
     "packed_linear": "(Tensor x, Tensor[] w, Tensor?[] bias) -> Tensor",
     "packed_linear_backward": "(Tensor dy, Tensor[] w) -> Tensor",
@@ -140,6 +146,14 @@ def _lora_linear_backward(dy, x, w, a, b, seed, p, scale, groups, want_dx, want_
         for m, want in zip(w, want_dsum, strict=True)
     ]
     return dx, da, db, dsum
+
+
+def _lora_adapter(y, x, a, b, bias_b, seed, p, scale):
+    pass
+
+
+def _lora_adapter_backward(dx, dy, x, a, b, seed, p, scale, want_da, want_db):
+    return a.new_empty(a.shape if want_da else [0]), b.new_empty(b.shape if want_db else [0])
 
 
 def _packed_linear(x, w, bias):

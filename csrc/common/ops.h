@@ -117,6 +117,25 @@ struct AttentionBackward {
   void *dq, *dk, *dv;
 };
 
+struct LoraAdapter {
+  int64_t T, K, N, r, G, seeds;
+  DType dtype, param_dtype;        // of x, y; of a, b, bias_b
+  const void *x, *a, *b, *bias_b;  // [T, K], [G, r, K], [G, N, r], [G, N]; bias_b may be null
+  const int64_t* seed;             // null: no dropout
+  double p, scale;
+  void* y;  // [T, N], added to
+};
+
+struct LoraAdapterBackward {
+  int64_t T, K, N, r, G, seeds;
+  DType dtype, param_dtype;
+  const void *dy, *x, *a, *b;  // x may be null where neither da nor db is wanted
+  const int64_t* seed;
+  double p, scale;
+  void *dx, *da, *db;  // dx [T, K] is added to; each may be null
+  void* workspace;     // lora_adapter_backward_workspace bytes
+};
+
 using Stream = void*;  // cudaStream_t; unused on the CPU
 
 #define PETUNE_DECLARE_OPS                                              \
@@ -134,6 +153,9 @@ namespace cpu {
 PETUNE_DECLARE_OPS
 void attention(const Attention&);
 void attention_backward(const AttentionBackward&);
+void lora_adapter(const LoraAdapter&);
+void lora_adapter_backward(const LoraAdapterBackward&);
+size_t lora_adapter_backward_workspace(const LoraAdapterBackward&);
 
 // Runs body(context, begin, end) over [0, n) on torch's own thread pool; defined in bindings.cpp.
 void parallel_for(int64_t n, int64_t grain, void (*body)(void*, int64_t, int64_t), void* context);

@@ -19,9 +19,9 @@ void parallel(int64_t n, int64_t grain, Body&& body) {
 struct RowChunks {
   int64_t per_replica, rows, replica_rows;
 
-  RowChunks(int64_t T, int64_t G) : replica_rows(T / G) {
-    // At least 64 rows a piece so that partial sums stay small, at most about 64 pieces a replica.
-    rows = replica_rows / 64 > 64 ? (replica_rows + 63) / 64 : 64;
+  // At least that many rows a piece so that partial sums stay small, at most about 64 pieces a replica.
+  RowChunks(int64_t T, int64_t G, int64_t at_least = 64) : replica_rows(T / G) {
+    rows = replica_rows / 64 > at_least ? (replica_rows + 63) / 64 : at_least;
     per_replica = (replica_rows + rows - 1) / rows;
   }
   int64_t begin(int64_t replica, int64_t chunk) const { return replica * replica_rows + chunk * rows; }

@@ -1,4 +1,8 @@
-"""Argument checks shared by the ops: every message names the argument, what was given and what is accepted."""
+"""Argument checks shared by the ops: every message names the argument, what was given and what is accepted.
+
+Strides are no concern of theirs: no op writes into an argument, so one that is expanded or overlaps itself is read as
+PyTorch reads it (docs/decisions.md, "Overlapping inputs are read, not refused").
+"""
 
 from __future__ import annotations
 
