@@ -153,19 +153,23 @@ def memory(
     regime: Annotated[list[str] | None, typer.Option(help="Such as 'lora-all p=0.1'; all of them.")] = None,
     batch: Batch = 16,
     length: Length = 128,
-    layers: Annotated[int, typer.Option(min=1, help="Of the models that are timed.")] = 3,
+    time: Annotated[list[str] | None, typer.Option("--time", help="Shapes of which steps are run; none.")] = None,
+    layers: Annotated[int, typer.Option(min=1, help="Of the models of which steps are run.")] = 3,
     device: Device = AUTO,
-    rounds: Annotated[int, typer.Option(min=2, help="Turns of each point.")] = 10,
-    quick: Annotated[bool, typer.Option("--quick", help="Only count: no times, no peaks, nothing compiled.")] = False,
+    rounds: Rounds = 15,
+    compile: Compile = False,
     out: Out = RESULTS,
 ) -> None:
-    """Every memory level: bytes kept, time and peak of a step, beside eager, PEFT, torch.compile and checkpointing."""
+    """Every memory level: bytes kept, and with --time step time and peak, beside eager, PEFT and checkpointing.
+
+    With --compile torch.compile with an activation memory budget, too.
+    """
     from . import memory as benchmark
 
     _check(device, [])
     settings = benchmark.Settings(
-        tuple(shape or benchmark.REGIMES), tuple(regime or ()), batch, length, layers, 0 if quick else rounds,
-        not quick, device,
+        tuple(shape or benchmark.REGIMES), tuple(regime or ()), batch, length, layers, tuple(time or ()), rounds,
+        compile, device,
     )  # fmt: skip
     benchmark.run(settings, Files.new(out, "memory"), console)
 

@@ -1,4 +1,7 @@
-"""Writes README's measured tables from the newest dated results: `python bench/readme.py` (`--check` only compares)."""
+"""Writes the measured tables of README and docs/kernels.md from the newest dated results: `python bench/readme.py`.
+
+With --check it only compares.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,14 @@ import argparse
 import json
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # run as a file, too
+from bench import memory  # noqa: E402
+
 MIB = 2**20
 
 
@@ -101,12 +108,46 @@ def render_bench() -> str:
     return "\n".join(blocks)
 
 
+def memory_result() -> dict[str, Any] | None:
+    """The newest complete result of the memory benchmark."""
+    found = [json.loads(path.read_text()) for path in sorted((ROOT / "bench" / "results").glob("*-memory*.json"))]
+    return next((result for result in reversed(found) if result["complete"]), None)
+
+
+def render_memory(result: dict[str, Any], shapes: Sequence[str] | None = None) -> str:
+    """The tables of bench/memory.py, of these shapes or all of them."""
+    machine, s = result["machine"], result["settings"]
+    lines = [
+        f"`{result['command']}`, {machine['device']}, {machine['threads']} threads, torch "
+        f"{machine['versions']['torch']}; bfloat16, the model's own dropout; where a step is run, {s['batch']} x "
+        f"{s['length']} tokens and {s['layers']} layers.",
+        "",
+    ]
+    for shape, rows in memory.by_shape(result).items():
+        if shapes is not None and shape not in shapes:
+            continue
+        for title, cell in memory.CELLS.items():
+            if grid := memory.grid(rows, cell):
+                names = [shape, *(row["case"]["regime"] for row in rows)]
+                lines += [f"{title[0].upper()}{title[1:]}:", "", f"| {' | '.join(names)} |"]
+                lines += [f"|---|{'--:|' * (len(names) - 1)}", *(f"| {' | '.join(line)} |" for line in grid), ""]
+        if peers := [(row["case"]["regime"], peer) for row in rows for peer in row.get("against_peers", [])]:
+            lines += ["A peer's step time over that of the fastest level that keeps no more:", ""]
+            lines += ["| regime | peer | level | ratio, median and quartiles |", "|---|---|---|---|"]
+            lines += [
+                f"| {regime} | {p['peer']} | {p['level']} | {p['median']:.2f} ({p['low']:.2f} to {p['high']:.2f}) |"
+                for regime, p in peers
+            ]
+            lines.append("")
+    return "\n".join(lines)
+
+
 def replaced(text: str, name: str, content: str) -> str:
     """The text with `content` between the markers of `name`, which must be there once."""
     begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
     after, count = re.subn(f"{begin}.*?{end}", lambda _: f"{begin}\n{content}{end}", text, flags=re.S)
     if count != 1:
-        raise SystemExit(f"README.md has {count} places between {begin} and {end}; there must be one")
+        raise SystemExit(f"the page has {count} places between {begin} and {end}; there must be one")
     return after
 
 
@@ -119,9 +160,15 @@ def main() -> int:
     after = replaced(before, "demo", render())
     if "<!-- bench:" in before or bench_results():
         after = replaced(after, "bench", render_bench())
+    texts = {readme: after}
+    if (found := memory_result()) is not None:
+        kernels = ROOT / "docs" / "kernels.md"
+        texts[readme] = replaced(after, "memory", render_memory(found, ["bert-base"]))
+        texts[kernels] = replaced(kernels.read_text(), "memory", render_memory(found))
     if check:
-        return int(after != before)
-    readme.write_text(after)
+        return int(any(text != path.read_text() for path, text in texts.items()))
+    for path, text in texts.items():
+        path.write_text(text)
     return 0
 
 

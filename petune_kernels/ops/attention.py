@@ -171,13 +171,19 @@ def _once(mask: Tensor) -> Tensor:
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p: float, scale: float, causal: bool) -> Tensor:
     S, K = q.shape[2], k.shape[2]
-    k, v = _per_head(q, k, v)
-    mask = None if mask is None else _once(mask)  # torch pads a mask to its alignment as it is given, repetitions and all
     if causal and (mask is not None or S != K):  # SDPA aligns its causal mask at the first column, and takes only one
         hidden = torch.ones(S, K, dtype=torch.bool, device=q.device).triu(1 + K - S)
-        mask = torch.zeros((), dtype=q.dtype, device=q.device) if mask is None else mask
+        mask = torch.zeros((), dtype=q.dtype, device=q.device) if mask is None else _once(mask)
         mask, causal = mask.masked_fill(hidden, -torch.inf), False
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p, is_causal=causal, scale=scale)
+    elif mask is not None:
+        mask = _once(mask)  # torch pads a mask to its alignment as it is given, repetitions and all
+    # Flash attention reads grouped heads as they are; the others take a copy for each head.
+    grouped = q.shape[1] != k.shape[1] and mask is None and q.dtype in (torch.float16, torch.bfloat16)
+    if not grouped:
+        k, v = _per_head(q, k, v)
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, dropout_p=p, is_causal=causal, scale=scale, enable_gqa=grouped
+    )
 
 
 def attention(
