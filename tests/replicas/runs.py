@@ -19,12 +19,7 @@ from ..patch.models import batch, build
 TUNED = ("layernorm", "layernorm-attention", "layernorm-ffn", "bitfit", "frozen")
 REGIMES = (*TUNED, "lora", "prefix", "adapter")
 QV = {"bert": ["query", "value"], "roberta": ["query", "value"], "llama": ["q_proj", "v_proj"]}
-CASES = [
-    (family, regime)
-    for family in QV
-    for regime in REGIMES
-    if not (family == "llama" and regime == "adapter")  # which are for post-norm blocks
-]
+CASES = [(family, regime) for family in QV for regime in REGIMES]
 
 
 def make(family: str, regime: str, **changes: Any) -> nn.Module:
