@@ -54,7 +54,7 @@ def near(name, got, want, units):
 
 def bound(dtype, terms, of_rounded):
     """A rounding of the result and a float32 sum; of torch's 16-bit matmuls also the thin factors' roundings."""
-    return UNIT[dtype] * (4 if of_rounded else 0.7) + UNIT[torch.float32] * (8 + terms**0.5)
+    return UNIT[dtype] * (4 if of_rounded else 1) + UNIT[torch.float32] * (8 + terms**0.5)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -170,7 +170,9 @@ def test_no_rows(G):
 def test_other_instruction_sets(isa):
     run_under_isa(
         """if True:
+        import torch
         from tests.ops.test_lora_adapter import DTYPES, SHAPES, test_against_float64, test_the_mask_is_that_of_dropout
+        torch.manual_seed(0)
         for dtypes in DTYPES:
             test_the_mask_is_that_of_dropout(dtypes[0], 50)
             for shape in SHAPES:
