@@ -117,10 +117,10 @@ def memory_result() -> dict[str, Any] | None:
 def render_memory(result: dict[str, Any], shapes: Sequence[str] | None = None) -> str:
     """The tables of bench/memory.py, of these shapes or all of them."""
     machine, s = result["machine"], result["settings"]
+    ran = f"; steps of {s['batch']} x {s['length']} tokens and {s['layers']} layers" if s["timed"] else ""
     lines = [
         f"`{result['command']}`, {machine['device']}, {machine['threads']} threads, torch "
-        f"{machine['versions']['torch']}; bfloat16, the model's own dropout; where a step is run, {s['batch']} x "
-        f"{s['length']} tokens and {s['layers']} layers.",
+        f"{machine['versions']['torch']}; bfloat16, the model's own dropout{ran}.",
         "",
     ]
     for shape, rows in memory.by_shape(result).items():

@@ -133,8 +133,9 @@ def pick(op: str, x: torch.Tensor) -> Callable[..., Any]:
 
 def composed(op: str, device: str) -> Callable[..., Any] | None:
     """The Python function that runs `op` there by torch's own ops, or None where a compiled kernel runs it."""
-    if hasattr(matmul, op):
-        return getattr(matmul, op)
+    own = next((kernel for kernel in matmul.KERNELS[device] if kernel.__name__ == op), None)
+    if own is not None:
+        return own
     return getattr(reference, op) if device == "cpu" and not _has_kernel(op, device) else None
 
 

@@ -272,13 +272,18 @@ def packed_linear_backward(dy, w):
         return dx
 
 
+_EVERYWHERE: tuple[Callable, ...] = (lora_linear, lora_linear_backward, packed_linear, packed_linear_backward)
+KERNELS: dict[str, tuple[Callable, ...]] = {
+    "cpu": _EVERYWHERE,  # the CPU's lora_adapter is csrc/cpu/lora_adapter.cpp
+    "cuda": (*_EVERYWHERE, lora_adapter, lora_adapter_backward),
+}
+"""Device -> the functions of this file that are its kernels."""
+
+
 def _register() -> None:
-    kernels: tuple[Callable, ...] = (lora_linear, lora_linear_backward, packed_linear, packed_linear_backward)
-    for kernel in kernels:
-        for key in ("CPU", "CUDA"):
-            torch.library.impl(f"{NAMESPACE}::{kernel.__name__}", key, kernel)
-    for kernel in (lora_adapter, lora_adapter_backward):  # the CPU has csrc/cpu/lora_adapter.cpp
-        torch.library.impl(f"{NAMESPACE}::{kernel.__name__}", "CUDA", kernel)
+    for device, kernels in KERNELS.items():
+        for kernel in kernels:
+            torch.library.impl(f"{NAMESPACE}::{kernel.__name__}", device.upper(), kernel)
 
 
 _register()

@@ -123,11 +123,14 @@ def test_a_size_that_no_machine_here_holds() -> None:
 
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the high-water mark cannot be reset here")
-@pytest.mark.parametrize("level", ["stock", "exact"])
-@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
-def test_the_peak_is_that_of_a_real_process(tmp_path: Path, dtype: str, level: str) -> None:
+@pytest.mark.parametrize("level", ["stock", "exact", pytest.param("checkpoint", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("regime", "dtype"),
+    [("layernorm", "float32"), ("lora", "float32"), pytest.param("lora", "bfloat16", marks=pytest.mark.slow)],
+)
+def test_the_peak_is_that_of_a_real_process(tmp_path: Path, regime: str, dtype: str, level: str) -> None:
     AutoConfig.for_model("bert", **SMALL | dict(hidden_size=256, intermediate_size=1024)).save_pretrained(tmp_path)
-    settings = report.Settings(str(tmp_path), "layernorm", {}, 16, 128, dtype)
+    settings = report.Settings(str(tmp_path), regime, LORA if regime == "lora" else {}, 16, 128, dtype)
     found = report.predict(settings, level)
     measured = measure.fresh_process(report.run_step, settings, level, True)
     assert found.saved == pytest.approx(measured["saved"], rel=0.02)
