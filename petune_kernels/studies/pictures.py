@@ -61,7 +61,10 @@ def _panels(count: int, width: float, height: float = 3.2, most: int = 3) -> tup
 
 def _name_ticks(axis: Axes, names: Sequence[str]) -> None:
     """Names under the ticks, slanted where they are too long to stand side by side."""
-    slanted = sum(map(len, names)) > 30 or max(map(len, names)) > 12
+    spec, figure = axis.get_subplotspec(), axis.get_figure()
+    assert spec is not None and isinstance(figure, Figure)
+    room = 0.75 * figure.get_figwidth() / spec.get_gridspec().ncols  # inches; a letter has about .075
+    slanted = 0.075 * len(names) * (2 + max(map(len, names))) > room
     look: dict[str, Any] = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if slanted else {}
     axis.set_xticklabels(names, **look)
 
