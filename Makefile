@@ -40,10 +40,11 @@ install: $(VENV)/.installed
 demo: install
 	$(BIN)/petune demo $(ARGS)
 
-# The papers' studies on a pretrained MiniLM and real sentences: about an hour on two idle cores; goes on after a stop.
+# The papers' studies on a pretrained MiniLM and real sentences: 82 minutes on one core (bench/results has that run);
+# goes on after a stop.
 studies: install
 	for study in transferability stability classification-head; do \
-		$(BIN)/petune study bench/studies/$$study.toml --out bench/results/$$study $(ARGS) || exit 1; done
+		$(BIN)/petune study bench/studies/$$study.toml --out study_results/$$study $(ARGS) || exit 1; done
 
 # make bench ARGS="models --compile"; results go to bench_results/
 bench: install

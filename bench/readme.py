@@ -10,13 +10,17 @@ import json
 import re
 import sys
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # run as a file, too
 from bench import memory  # noqa: E402
+from petune_kernels.studies import layouts, store  # noqa: E402
+from petune_kernels.studies.study import read  # noqa: E402
 
+STUDIES = ("transferability", "stability", "classification-head")
 MIB = 2**20
 
 
@@ -142,6 +146,27 @@ def render_memory(result: dict[str, Any], shapes: Sequence[str] | None = None) -
     return "\n".join(lines)
 
 
+def render_studies() -> str:
+    """Of each of the project's studies the main table and that of stock beside patched."""
+    blocks = []
+    for name in STUDIES:
+        folder = ROOT / "bench" / "results" / name
+        study = read(ROOT / "bench" / "studies" / f"{name}.toml")
+        records = list(store.collect(folder, study).values())  # refuses results of another study file
+        header = json.loads((folder / "runs.jsonl").open().readline())
+        grids, machine = layouts.tables(study, records), header["machine"]
+        start, end = (datetime.fromisoformat(t) for t in (header["started"], max(r["finished"] for r in records)))
+        blocks += [
+            *(grid.markdown() for grid in (grids[0], grids[-1])),
+            f"`{header['command']}`, {start:%Y-%m-%d}, {machine['cpu']}, {machine['threads']} thread on "
+            f"{machine['cores_allowed']} core, torch {machine['versions']['torch']}: {len(records)} runs in "
+            f"{(end - start).total_seconds() / 60:.0f} minutes. Every run, all tables and the figures are in "
+            f"[bench/results/{name}](bench/results/{name}).",
+            "",
+        ]
+    return "\n".join(blocks)
+
+
 def replaced(text: str, name: str, content: str) -> str:
     """The text with `content` between the markers of `name`, which must be there once."""
     begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
@@ -160,6 +185,7 @@ def main() -> int:
     after = replaced(before, "demo", render())
     if "<!-- bench:" in before or bench_results():
         after = replaced(after, "bench", render_bench())
+    after = replaced(after, "studies", render_studies())
     texts = {readme: after}
     if (found := memory_result()) is not None:
         kernels = ROOT / "docs" / "kernels.md"

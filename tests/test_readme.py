@@ -7,7 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import petune_kernels as pk
+from petune_kernels.studies import layouts, store
+from petune_kernels.studies.study import read
 
 ROOT = Path(__file__).parent.parent
 
@@ -16,6 +20,16 @@ def test_tables_are_the_results() -> None:
     done = subprocess.run([sys.executable, str(ROOT / "bench" / "readme.py"), "--check"])
     assert done.returncode == 0, "README differs from bench/results: run `python bench/readme.py`"
     assert "| step time, median |" in (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["transferability", "stability", "classification-head"])
+def test_study_tables_are_those_of_the_runs(name: str) -> None:
+    folder, study = ROOT / "bench" / "results" / name, read(ROOT / "bench" / "studies" / f"{name}.toml")
+    records = list(store.collect(folder, study).values())
+    assert {record["id"] for record in records} == {run.id for run in study.runs()}
+    grids = layouts.tables(study, records)
+    assert (folder / "tables.md").read_text() == "\n".join(grid.markdown() for grid in grids)
+    assert (folder / "tables.csv").read_text() == layouts.to_csv(study, records)
 
 
 def test_what_it_names_exists() -> None:

@@ -116,7 +116,7 @@ def from_pretrained(folder: str | Path, auto: Any = AutoModelForSequenceClassifi
     folder = Path(folder)
     if not (folder / _CONFIG).is_file():
         raise FileNotFoundError(f"{folder} has no {_CONFIG}; it is no folder that adapter.save_pretrained has written")
-    model = auto.from_pretrained(folder / _BASE, local_files_only=True)
+    model = auto.from_pretrained(folder / _BASE, local_files_only=True, use_safetensors=True)
     load(model, folder)
     return model
 

@@ -122,8 +122,9 @@ def analyse(study: Study, folder: Path, device: str, say: Callable[[str], None] 
             recipe = runner.recipe_of(study, one)
             before = load_model(source, task.labels, first, DTYPES[recipe.dtype], torch.device(device))
             length = recipe.length
-            numbers[one.method.title] = {"features": {}, "weights": weight_change(model, before.state_dict())}
-            moved[one.method.title] = _by_block(numbers[one.method.title]["weights"])
+            state = before.state_dict()
+            numbers[one.method.title] = {"features": {}, "weights": weight_change(model, state)}
+            moved[one.method.title] = _by_block(numbers[one.method.title]["weights"], state)
             for name, part in parts.items():
                 now = features(model, tokenizer, part, length)
                 change = feature_change(features(before, tokenizer, part, length), now)
@@ -150,10 +151,11 @@ def analyse(study: Study, folder: Path, device: str, say: Callable[[str], None] 
     return written
 
 
-def _by_block(changes: Mapping[str, float]) -> dict[str, float]:
-    """Mean of the parameters' changes by block number; what is in no block is left out."""
-    groups: dict[int, list[float]] = {}
-    for name, change in changes.items():
+def _by_block(changes: Mapping[str, float], pretrained: Mapping[str, Tensor]) -> dict[str, float]:
+    """Mean change of a block's scalars, from its parameters' means; what is in no block is left out."""
+    groups: dict[int, list[str]] = {}
+    for name in changes:
         if found := re.search(r"\.(\d+)\.", name):
-            groups.setdefault(int(found[1]), []).append(change)
-    return {f"block {k + 1}": sum(values) / len(values) for k, values in sorted(groups.items())}
+            groups.setdefault(int(found[1]), []).append(name)
+    sums = {k: sum(changes[n] * pretrained[n].numel() for n in names) for k, names in sorted(groups.items())}
+    return {f"block {k + 1}": total / sum(pretrained[n].numel() for n in groups[k]) for k, total in sums.items()}

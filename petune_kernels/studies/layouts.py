@@ -155,7 +155,7 @@ def tables(study: Study, records: Sequence[Record]) -> list[Grid]:
                 grids += _varied(shown, vary)
     grids.append(_spread(study, shown))
     if len(study.patched) > 1 and {cell.patched for cell in everything} == {True, False}:
-        grids.append(_cost(everything))
+        grids.append(_cost(study, everything))
     return grids
 
 
@@ -328,31 +328,38 @@ def _spread(study: Study, found: Sequence[Cell]) -> Grid:
     )
 
 
-def _cost(found: Sequence[Cell]) -> Grid:
-    """Wall time and peak memory of a run, stock beside patched, and the median of the runs' ratios."""
+def _cost(study: Study, found: Sequence[Cell]) -> Grid:
+    """What a run reaches, its wall time and its peak memory, stock beside patched, and the medians of the ratios."""
     rows = []
     for column, method in _order((c.column, c.method) for c in found if "→" not in c.column):
+        mine = [c for c in found if (c.column, c.method) == (column, method)]
         pairs: dict[tuple[Any, ...], dict[bool, dict[str, Any]]] = {}
-        for c in (c for c in found if (c.column, c.method) == (column, method)):
+        values: dict[bool, list[float | None]] = {False: [], True: []}
+        for c in mine:
+            values[c.patched] += c.values
             for r in c.records:
                 pairs.setdefault((c.vary, c.stop_on, r["wi"], r["do"]), {})[c.patched] = r["outcome"]
         both = [pair for pair in pairs.values() if len(pair) == 2]
         if not both:
             continue
-        row = [column, method]
-        for cost, form in ((_seconds, "{:,.1f}"), (_peak, "{:,.0f}"), (_rise, "{:,.0f}")):
+        row = [column, method, *(mean_std(summarise(values[which])) for which in (False, True))]
+        for cost, form in ((_seconds, "{:,.1f}"), (_rise, "{:,.0f}"), (_peak, "")):
             stock, patched = ([cost(pair[which]) for pair in both] for which in (False, True))
-            row += [form.format(median(values)) for values in (stock, patched)]
+            row += [form.format(median(values)) for values in (stock, patched) if form]
             row.append(f"{median(p / s for p, s in zip(patched, stock, strict=True)):.2f}" if all(stock) else "-")
         rows.append(row)
-    head = ["task", "method"]
-    for name in ("s", "peak, MiB", "above loaded model, MiB"):
+    head = ["task", "method", "stock", "patched"]
+    for name in ("s", "MiB above the model"):
         head += [f"{name}: stock", "patched", "ratio"]
     notes = [
         "Medians over the runs; the ratios are medians of the ratios of a patched run and the stock run beside it.",
-        "Seconds: training and its evaluations. Memory: resident on a CPU, allocated on a GPU.",
+        "Seconds: training and its evaluations. Memory: at most while training, resident on a CPU, allocated on a GPU; "
+        "above what it was with the model loaded, and the ratio of the whole.",
     ]
-    return Grid("Wall time and peak memory of a run", head, rows, notes)
+    most = max((r["outcome"].get("packed", 1) for c in found for r in c.records), default=1)
+    if most > 1:
+        notes.append(f"Up to {most} runs were trained together: seconds are then a run's share, memory is that of all.")
+    return Grid(f"{study.name}: stock and patched", [*head, "whole peak: ratio"], rows, notes)
 
 
 def _seconds(outcome: dict[str, Any]) -> float:

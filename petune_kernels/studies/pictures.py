@@ -61,7 +61,10 @@ def _panels(count: int, width: float, height: float = 3.2, most: int = 3) -> tup
 
 def _name_ticks(axis: Axes, names: Sequence[str]) -> None:
     """Names under the ticks, slanted where they are too long to stand side by side."""
-    slanted = sum(map(len, names)) > 30 or max(map(len, names)) > 12
+    spec, figure = axis.get_subplotspec(), axis.get_figure()
+    assert spec is not None and isinstance(figure, Figure)
+    room = 0.75 * figure.get_figwidth() / spec.get_gridspec().ncols  # inches; a letter has about .075
+    slanted = 0.075 * len(names) * (2 + max(map(len, names))) > room
     look: dict[str, Any] = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if slanted else {}
     axis.set_xticklabels(names, **look)
 
@@ -153,8 +156,11 @@ def densities(found: Sequence[Cell]) -> Figure | None:
     if not groups:
         return None
     figure, axes = _panels(len(groups), 4.2)
+    names = _unique(name for curves in groups.values() for name, _ in curves)
+    handles: dict[str, Any] = {}
     for axis, (title, curves) in zip(axes, groups.items(), strict=True):
-        for i, (name, c) in enumerate(curves):
+        for name, c in curves:
+            i = names.index(name)
             values = _percent(c.values)
             look: dict[str, Any] = {
                 "color": COLOURS[i % len(COLOURS)],
@@ -162,13 +168,13 @@ def densities(found: Sequence[Cell]) -> Figure | None:
                 "label": name,
             }
             if len(set(values)) == 1:
-                axis.axvline(values[0], **look)
+                handles[name] = axis.axvline(values[0], **look)
                 continue
             margin = 2 * max(c.summary.std * 100, 1e-6)
-            x = np.linspace(min(values) - margin, max(values) + margin, 300)
-            axis.plot(x, stats.gaussian_kde(values)(x), **look)
+            x = np.linspace(min(values) - margin, min(100.0, max(values) + margin), 300)
+            (handles[name],) = axis.plot(x, stats.gaussian_kde(values)(x), **look)
         axis.set(title=title, xlabel=f"{curves[0][1].records[0]['primary']}, %", ylabel="density", ylim=(0, None))
-        axis.legend(frameon=False, fontsize=8)
+    figure.legend(handles=[handles[name] for name in names], loc="outside lower center", ncols=4, frameon=False)
     return figure
 
 

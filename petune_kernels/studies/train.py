@@ -50,14 +50,20 @@ def load_model(
 ) -> nn.Module:
     """The pretrained encoder with a new head of `labels` classes; `seed` alone decides the head. In training mode.
 
-    A head that stands in the folder is not used, or its values would take the place of the seed's.
+    A head that stands in the folder is not used, or its values would take the place of the seed's. Raises InputError
+    where the folder has no config, or no weights as safetensors: pickled ones are not read.
     """
     config = read_config(folder, labels, dropout)
     torch.manual_seed(seed)
     try:
         with _quiet():  # transformers reports the new head, which is what we asked for
             model = AutoModelForSequenceClassification.from_pretrained(
-                folder, config=config, local_files_only=True, ignore_mismatched_sizes=True, dtype=torch.float32
+                folder,
+                config=config,
+                local_files_only=True,
+                ignore_mismatched_sizes=True,
+                dtype=torch.float32,
+                use_safetensors=True,  # never a pickle
             )
     except (OSError, ValueError) as error:
         raise InputError(f"--model {folder} cannot be loaded as a classifier: {_first_line(error)}") from error

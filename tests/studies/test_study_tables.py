@@ -141,13 +141,19 @@ def test_layers_seeds_cost_and_out_of_domain() -> None:
     assert grids["One layer at a time"].columns == ["task", *(f"layernorm #{k}" for k in (1, 2, 3)), "FT"]
     assert [row[0] for row in grids["One layer at a time"].rows] == ["movie", "movie → amazon"]
     assert grids["movie: what the seeds vary"].columns == ["method", "WI", "DO"]
-    assert grids["Wall time and peak memory of a run"].rows[0] == [
-        "movie",
-        "FT",
+    cost = grids[f"{which.name}: stock and patched"]
+    assert cost.rows[0] == [
+        *("movie", "FT"),
+        *("80.0±0.6", "80.0±0.6"),
         *("20.0", "10.0", "0.50"),
-        *("40", "20", "0.50"),
         *("30", "10", "0.33"),
+        "0.50",
     ]
+    assert not any("trained together" in note for note in cost.notes)
+    packed = records(which)
+    for r in packed:
+        r["outcome"]["packed"] = 4 if r["patched"] else 1
+    assert "Up to 4 runs were trained together" in layouts.tables(which, packed)[-1].notes[-1]
 
 
 def test_no_records_give_no_tables() -> None:
@@ -239,6 +245,9 @@ def test_features_and_weights_of_a_model(tiny_model: Path, tmp_path: Path) -> No
     assert moved == {"bert.encoder.layer.0.output.dense.weight"} and changes[moved.pop()] == pytest.approx(
         0.5, rel=1e-3
     )
+    blocks = analysis._by_block(changes, before)
+    scalars = sum(p.numel() for n, p in model.named_parameters() if ".layer.0." in n)
+    assert blocks == {"block 1": pytest.approx(16.0 * 64 / scalars, rel=1e-3), "block 2": 0}
     assert analysis.feature_change(first, analysis.features(model, tokenizer, rows)) > 0.01
     assert analysis.feature_change(first, first + 2) == pytest.approx(2 * 32**0.5)
     sizes = analysis.weight_magnitude(model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -165,3 +166,12 @@ def test_a_folder_without_model_or_tokenizer_is_named(tmp_path: Path) -> None:
         train.load_model(tmp_path, 2, 0, torch.float32, CPU)
     with pytest.raises(InputError, match="no tokenizer"):
         train.load_tokenizer(tmp_path)
+
+
+def test_pickled_weights_are_not_read(tiny_model: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_model, tmp_path / "pickled")
+    model = train.load_model(folder, 2, 0, torch.float32, torch.device("cpu"))
+    torch.save(model.state_dict(), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(InputError, match="cannot be loaded as a classifier: .*safetensors"):
+        train.load_model(folder, 2, 0, torch.float32, torch.device("cpu"))
