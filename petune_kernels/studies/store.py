@@ -129,6 +129,7 @@ def _create(path: Path, header: dict[str, Any]) -> None:
     """The file with its header, whole or not at all."""
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".header-", delete=False) as scratch:
         scratch.write((json.dumps(finite(header)) + "\n").encode())
+        os.fchmod(scratch.fileno(), 0o644)  # a temporary file is the owner's alone
         scratch.flush()
         os.fsync(scratch.fileno())
     try:

@@ -59,6 +59,7 @@ def test_every_run_is_done_once_and_a_second_start_does_nothing(tmp_path: Path) 
     header = json.loads(lines(tmp_path)[0])
     assert header["hash"] == study().hash and header["spec"]["methods"][1]["options"] == {"r": 8}
     assert found[0]["value"] is None  # NaN, as JSON has it
+    assert (tmp_path / "runs.jsonl").stat().st_mode & 0o777 == 0o644
     before = (tmp_path / "runs.jsonl").read_bytes()
     assert go(tmp_path, dies) == found and (tmp_path / "runs.jsonl").read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["runs.jsonl"]
