@@ -6,8 +6,8 @@ W [..] keeps its Parameter, frozen. Beside it, its module holds `<name>_sampled`
     W' = W with W.flatten()[index] = sampled,        d sampled = (dW').flatten()[index]
 
 written in place: W' is W's own memory. A linear layer of which few scalars train keeps W itself, which needs no
-gradient, and the n entries of dW' = dYt X are summed from columns of dY and X on the side: no dW', and no X for
-backward but those columns. Checkpoints know nothing of it: state_dict() first writes the values into W and
+gradient, and the n entries of dW' = dYt X are summed from columns of dY and X on the side: no dW', and of X no more
+for backward than those columns. Checkpoints know nothing of it: state_dict() first writes the values into W and
 leaves the two entries out; load_state_dict() reads the values from the loaded W. Between an optimizer step and the
 next forward or state_dict(), W holds the values of before the step.
 """
@@ -75,23 +75,27 @@ class _Scatter(torch.autograd.Function):
 class _Gather(torch.autograd.Function):
     """(y [.., N], x [.., K], index [n] into [N, K], values [n]) -> y, which is linear in W [N, K], and d values.
 
-    d values[i] = sum over rows of dy[:, index[i] // K] x[:, index[i] % K], in float32 or better.
+    d values[i] = sum over rows of dy[:, index[i] // K] x[:, index[i] % K], in float32 or better. Keeps the n columns of
+    x, or x where it has no more. No size depends on data, so it can be compiled and captured.
     """
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, x: Tensor, index: Tensor, values: Tensor) -> Tensor:
         ctx.width = x.shape[-1]
-        columns, which = (index % ctx.width).unique(return_inverse=True)
-        ctx.save_for_backward(index, which, x.flatten(0, -2).index_select(1, columns), values)
+        x = x.flatten(0, -2)
+        ctx.picked = len(index) < ctx.width
+        ctx.save_for_backward(index, x.index_select(1, index % ctx.width) if ctx.picked else x, values)
         return y.view_as(y)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, Tensor]:
-        index, which, x, values = ctx.saved_tensors
+        index, x, values = ctx.saved_tensors
         wide = torch.promote_types(values.dtype, torch.float32)
-        rows = dy.flatten(0, -2).to(wide).index_select(1, index // ctx.width)
-        return dy, None, None, (rows * x.to(wide).index_select(1, which)).sum(0).to(values.dtype)
+        rows, columns = dy.flatten(0, -2).to(wide).index_select(1, index // ctx.width), x.to(wide)
+        if not ctx.picked:
+            columns = columns.index_select(1, index % ctx.width)
+        return dy, None, None, (rows * columns).sum(0).to(values.dtype)
 
 
 class _Sampled:
