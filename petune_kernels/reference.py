@@ -227,7 +227,7 @@ def _update(x, a, b, bias_b, seed, p, scale):
     """scale (dropout(x) a^T b^T + bias_b), wide."""
     G, T = 1 if a.dim() == 2 else a.shape[0], x.shape[0]
     xa = _by_replica(_drop(_wide(x), seed, p), G) @ _by_replica(a, G).mT
-    return scale * ((xa @ _by_replica(b, G).mT).reshape(T, -1) + _rows(bias_b, T))
+    return scale * ((xa @ _by_replica(b, G).mT).reshape(T, b.shape[-2]) + _rows(bias_b, T))
 
 
 def _update_backward(dy, x, a, b, seed, p, scale, want_dx, want_da, want_db):
