@@ -95,16 +95,16 @@ def _kept(module: nn.Module, parts: Any, own: Callable[..., Any], *args: Any, **
 def _without_cache(module: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
     """A cache that holds nothing yet is left out while training, as transformers leaves it out when it checkpoints: the
     second run would fill it a second time. A module with a full one (a prefix) is no frame."""
-    cache = kwargs.get("past_key_values")
-    if cache is None or not (module.training and torch.is_grad_enabled()):
+    name = next((n for n in pattern.CACHE if kwargs.get(n) is not None), "")
+    if not name or not (module.training and torch.is_grad_enabled()):
         return kwargs
     index = next((i for m in module.modules() if isinstance(i := getattr(m, "layer_idx", None), int)), None)
-    if index is None or cache.get_seq_length(index):
+    if index is None or kwargs[name].get_seq_length(index):
         return kwargs
-    _say_once()
-    return kwargs | {"past_key_values": None} | ({"use_cache": False} if "use_cache" in kwargs else {})
+    _say_once(name)
+    return kwargs | {name: None} | ({"use_cache": False} if "use_cache" in kwargs else {})
 
 
 @functools.cache
-def _say_once() -> None:
-    _log.warning("memory='recompute' and 'checkpoint' train without a cache: past_key_values is left empty")
+def _say_once(name: str) -> None:
+    _log.warning("memory='recompute' and 'checkpoint' train without a cache: %s is left empty", name)

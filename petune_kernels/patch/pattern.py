@@ -26,6 +26,7 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 _HOOK_FLAGS = ("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs")
 # largest difference between fused and own forward, relative to the largest output; a look-alike is off by far more
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}
+CACHE = ("past_key_values", "cache")  # what transformers calls a cache: until 5.23, and since
 _META_LIMIT = 1 << 22  # parameters of a module on the meta device up to which it is verified on random CPU weights
 
 Parts = Mapping[str, Any]

@@ -36,7 +36,7 @@ def _parts(module: nn.Module, call: Call | None) -> Sequence[Parts]:
     taken = list(inspect.signature(type(module).forward).parameters.values())[1:]
     names = tuple(p.name for p in taken if p.kind is p.POSITIONAL_OR_KEYWORD)
     given = dict(zip(names, call.args, strict=False)) | dict(call.kwargs)
-    cache = {n for n in ("past_key_values", "use_cache") if n in names}
+    cache = {n for n in (*pattern.CACHE, "use_cache") if n in names}
     kwargs = frozenset(n for n, v in given.items() if v is not None and v is not False) - {names[0]} | cache
     found = []
     for (first, second), (mixer, mlp) in ((n, b) for n in permutations(norms) for b in permutations(blocks)):

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import petune_kernels as pk
-from petune_kernels.patch import PatchError
+from petune_kernels.patch import PatchError, memory, pattern
 from petune_kernels.patch.memory import LEVELS
 from petune_kernels.studies.measure import saved_bytes, saved_bytes_per_token_per_layer
 
@@ -242,6 +242,18 @@ def test_a_filled_cache_is_read_and_an_empty_one_left_out(caplog: pytest.LogCapt
         assert model(**data).past_key_values.get_seq_length() == 0
     model.eval()
     assert model(**data).past_key_values.get_seq_length() == data["input_ids"].shape[1]
+
+
+@pytest.mark.parametrize("name", pattern.CACHE)
+def test_an_empty_cache_is_left_out_under_either_name(name: str) -> None:
+    from transformers import DynamicCache
+
+    layer = build("llama").model.layers[0].train()
+    empty, full = DynamicCache(), DynamicCache()
+    full.update(torch.ones(1, 1, 2, 4), torch.ones(1, 1, 2, 4), 0)
+    assert memory._without_cache(layer, {name: empty, "use_cache": True}) == {name: None, "use_cache": False}
+    assert memory._without_cache(layer, {name: full}) == {name: full}
+    assert memory._without_cache(layer.eval(), {name: empty}) == {name: empty}
 
 
 def test_a_model_that_does_something_else_the_second_time_is_told() -> None:
