@@ -174,7 +174,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> residual_norm(Tensor x, MaybeTensor b
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> residual_norm_backward(
     Tensor dy, MaybeTensor dz, Tensor row, Tensor rstd, MaybeTensor bias, MaybeTensor gamma, MaybeTensor beta,
-    MaybeTensor seed, double p, bool rms, int64_t row_kind, bool want_dresidual, bool want_dx, bool want_dbias,
+    MaybeTensor seed, double p, bool rms, bool row_is_z, bool want_dresidual, bool want_dx, bool want_dbias,
     bool want_dgamma, bool want_dbeta) {
   const int64_t T = dy.size(0), H = dy.size(1);
   const Small params({&bias, &gamma, &beta}, T, H);
@@ -196,11 +196,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> residual_norm_backward(
                             read(row),
                             static_cast<const float*>(read(rstd)),
                             read(gamma),
-                            read(beta),
                             seeds.data,
                             p,
                             rms,
-                            static_cast<Row>(row_kind),
+                            row_is_z,
                             dresidual.data(),
                             dx.data(),
                             dbias.data(),

@@ -91,16 +91,13 @@ def residual_norm(x, bias, residual, gamma, beta, seed, p, eps, rms, want_z, wan
 
 
 def residual_norm_backward(
-    dy, dz, row, rstd, bias, gamma, beta, seed, p, rms, row_kind, want_dresidual, want_dx, want_dbias, want_dgamma,
+    dy, dz, row, rstd, bias, gamma, beta, seed, p, rms, row_is_z, want_dresidual, want_dx, want_dbias, want_dgamma,
     want_dbeta,
 ):  # fmt: skip
     T = dy.shape[0]
     wide_dy, xhat = _wide(dy), _wide(row)
-    if row_kind == 1:  # z
+    if row_is_z:
         xhat = (xhat if rms else xhat - xhat.mean(1, keepdim=True)) * rstd[:, None]
-    elif row_kind == 2:  # y
-        xhat = xhat - _rows(beta, T)
-        xhat = xhat if gamma is None else xhat / _rows(gamma, T)
     g = wide_dy if gamma is None else wide_dy * _rows(gamma, T)
     d = g - xhat * (g * xhat).mean(1, keepdim=True)
     if not rms:

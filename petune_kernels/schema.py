@@ -21,14 +21,12 @@ NAMESPACE = "petune"
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")
 """The activations of `bias_act`; an op takes the index."""
 
-ROW_XHAT, ROW_Z, ROW_Y = 0, 1, 2
-"""What the saved row of `residual_norm` holds: x-hat, the normalised sum z itself, or the output y."""
-
+# The saved row of residual_norm holds x-hat, or with row_is_z the sum z that it normalised.
 SCHEMAS = {
     "residual_norm": "(Tensor x, Tensor? bias, Tensor? residual, Tensor? gamma, Tensor? beta, Tensor? seed, float p, "
     "float eps, bool rms, bool want_z, bool want_xhat) -> (Tensor y, Tensor z, Tensor xhat, Tensor rstd)",
     "residual_norm_backward": "(Tensor dy, Tensor? dz, Tensor row, Tensor rstd, Tensor? bias, Tensor? gamma, "
-    "Tensor? beta, Tensor? seed, float p, bool rms, int row_kind, bool want_dresidual, bool want_dx, bool want_dbias, "
+    "Tensor? beta, Tensor? seed, float p, bool rms, bool row_is_z, bool want_dresidual, bool want_dx, bool want_dbias, "
     "bool want_dgamma, bool want_dbeta) "
     "-> (Tensor dresidual, Tensor dx, Tensor dbias, Tensor dgamma, Tensor dbeta)",
     "bias_act": "(Tensor u, Tensor? bias, Tensor? gate, int act) -> Tensor",
@@ -80,7 +78,7 @@ def _residual_norm(x, bias, residual, gamma, beta, seed, p, eps, rms, want_z, wa
 
 
 def _residual_norm_backward(
-    dy, dz, row, rstd, bias, gamma, beta, seed, p, rms, row_kind, want_dresidual, want_dx, want_dbias, want_dgamma,
+    dy, dz, row, rstd, bias, gamma, beta, seed, p, rms, row_is_z, want_dresidual, want_dx, want_dbias, want_dgamma,
     want_dbeta,
 ):  # fmt: skip
     dresidual, dx = (dy.new_empty(dy.shape) if want else _nothing(dy) for want in (want_dresidual, want_dx))

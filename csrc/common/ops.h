@@ -10,7 +10,6 @@
 namespace petune {
 
 enum class DType : int { f32, bf16, f16 };
-enum class Row : int { xhat, z, y };
 enum class Act : int { gelu, gelu_tanh, relu, silu };
 enum Shared : int { kSharedBias = 1, kSharedGamma = 2, kSharedBeta = 4 };
 
@@ -44,11 +43,10 @@ struct ResidualNormBackward {
   DType dtype, param_dtype;
   const void *dy, *dz, *row;  // dz may be null
   const float* rstd;
-  const void *gamma, *beta;  // may be null
+  const void* gamma;  // may be null
   const int64_t* seed;
   double p;
-  bool rms;
-  Row row_kind;
+  bool rms, row_is_z;            // row holds z, or xhat
   void *dresidual, *dx;          // [T, H]: gradient of z, and of x behind the dropout; either may be null
   void *dbias, *dgamma, *dbeta;  // [G, H] in param_dtype; each may be null
   void* workspace;               // residual_norm_backward_workspace bytes, CUDA: zero-filled

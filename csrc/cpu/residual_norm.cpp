@@ -59,13 +59,11 @@ void forward_rows(const ResidualNorm& a, int64_t begin, int64_t end) {
 template <class X>
 void backward_rows(const ResidualNormBackward& a, int64_t replica, int64_t begin, int64_t end, float* partial) {
   const int64_t H = a.H, seed_rows = a.seed ? a.T / a.seeds : 1;
-  const auto rows = scratch(8, H);
-  float *xhat = rows.get(), *g = xhat + padded(H), *gamma = g + padded(H), *beta = gamma + padded(H),
-        *multipliers = beta + padded(H), *dbias = multipliers + padded(H), *dgamma = dbias + padded(H),
-        *dbeta = dgamma + padded(H);
+  const auto rows = scratch(7, H);
+  float *xhat = rows.get(), *g = xhat + padded(H), *gamma = g + padded(H), *multipliers = gamma + padded(H),
+        *dbias = multipliers + padded(H), *dgamma = dbias + padded(H), *dbeta = dgamma + padded(H);
   std::fill(dbias, dbias + 3 * padded(H), 0.0f);
   expand(a.gamma, a.param_dtype, a.shared & kSharedGamma ? 0 : replica * H, H, 1.0f, gamma);
-  expand(a.beta, a.param_dtype, a.shared & kSharedBeta ? 0 : replica * H, H, 0.0f, beta);
   const Dropper dropper(a.p);
   const bool want_input = a.dresidual || a.dx || a.dbias;
   for (int64_t t = begin; t < end; ++t) {
@@ -74,13 +72,12 @@ void backward_rows(const ResidualNormBackward& a, int64_t replica, int64_t begin
     if (want_input || a.dgamma) {
       const X* row = static_cast<const X*>(a.row) + t * H;
       f32v total = {};
-      if (a.row_kind == Row::z && !a.rms) for_vectors(H, [&](int64_t i, auto n) { total += load(row + i, n); });
+      if (a.row_is_z && !a.rms) for_vectors(H, [&](int64_t i, auto n) { total += load(row + i, n); });
       const f32v mean = splat(sum(total) / H);
       f32v sum_g = {}, sum_gx = {};
       for_vectors(H, [&](int64_t i, auto n) {
         f32v v = load(row + i, n);
-        if (a.row_kind == Row::z) v = (v - mean) * rstd;
-        if (a.row_kind == Row::y) v = (v - load(beta + i)) / load(gamma + i);
+        if (a.row_is_z) v = (v - mean) * rstd;
         v = first_lanes(v, n);  // lanes past H hold what gamma's scratch row happened to hold
         const f32v dv = first_lanes(load(dy + i, n) * load(gamma + i), n);
         sum_g += dv;

@@ -269,7 +269,7 @@ __global__ void __launch_bounds__(kBlock, 2) residual_norm_any(ResidualNorm op, 
 
 // --------------------------------------------------------------------------------------------------------- backward
 
-// dy, g = dy * gamma and xhat of one chunk. mean matters for Row::z only.
+// dy, g = dy * gamma and xhat of one chunk. mean matters where the row is z.
 template <typename T, bool kVector>
 __device__ __forceinline__ void make_xhat(const ResidualNormBackward& op, const Rows& rows, const Place& at, int column,
                                           int n, uint4 dy, uint4 row, float mean, float rstd,
@@ -285,18 +285,9 @@ __device__ __forceinline__ void make_xhat(const ResidualNormBackward& op, const 
 #pragma unroll
     for (int i = 0; i < V; ++i) gamma[i] = 1.0f;
   }
-  if (op.row_kind == Row::z) {
+  if (op.row_is_z) {
 #pragma unroll
     for (int i = 0; i < V; ++i) xhat[i] = (xhat[i] - mean) * rstd;
-  } else if (op.row_kind == Row::y) {
-    if (op.beta != nullptr) {
-      float beta[V];
-      load_param<kVector, T>(op.beta, rows.param_f32, at.parameter(op, kSharedBeta, rows.H) + column, n, beta);
-#pragma unroll
-      for (int i = 0; i < V; ++i) xhat[i] -= beta[i];
-    }
-#pragma unroll
-    for (int i = 0; i < V; ++i) xhat[i] = xhat[i] / gamma[i];
   }
 #pragma unroll
   for (int i = 0; i < V; ++i) g[i] = wide_dy[i] * gamma[i];
@@ -335,7 +326,7 @@ __global__ void __launch_bounds__(most_threads(kSums), blocks_per_multiprocessor
   const bool want_d = (kSums & kBias) != 0 || op.dresidual != nullptr || op.dx != nullptr;
   // d_beta alone needs neither the row nor rstd
   const bool want_row = want_d || (kSums & kGamma) != 0;
-  const bool want_mean = want_row && op.row_kind == Row::z && !op.rms;
+  const bool want_mean = want_row && op.row_is_z && !op.rms;
 
   float sum_gamma[kSums & kGamma ? C : 1][V] = {}, sum_beta[kSums & kBeta ? C : 1][V] = {},
                                        sum_bias[kSums & kBias ? C : 1][V] = {};
@@ -480,7 +471,7 @@ __global__ void __launch_bounds__(kBlock, 2)
       const int64_t row = at.first_row + i0 + warp, offset = row * rows.H;
       const float rstd = op.rstd[row];
       float mean[1] = {0.0f}, dots[2] = {0.0f, 0.0f};
-      if (op.row_kind == Row::z && !op.rms) {
+      if (op.row_is_z && !op.rms) {
         for (int column = lane * V; column < rows.H; column += 32 * V) {
           float z[V];
           unpack<T>(load<kVector>(static_cast<const T*>(op.row) + offset + column, rows.H - column), z);
@@ -568,7 +559,7 @@ BackwardPlan plan_backward(const ResidualNormBackward& op) {
   plan.wanted = (op.dgamma ? kGamma : 0) | (op.dbeta ? kBeta : 0) | (op.dbias ? kBias : 0);
   if (op.T == 0 || H == 0) return plan;
   const int chunk = static_cast<int>(16 / dtype_size(op.dtype));
-  const bool aligned = aligned16(op.dy, op.dz, op.row, op.gamma, op.beta, op.dresidual, op.dx);
+  const bool aligned = aligned16(op.dy, op.dz, op.row, op.gamma, op.dresidual, op.dx);
   plan.shape = shape_of(H, chunk, aligned, most_threads(plan.wanted));
   // as many blocks as run at once: each more is a row of partials; without sums there are none, and more balance better
   const bool rows_kernel = plan.shape.chunks != 0;
@@ -668,8 +659,7 @@ void residual_norm_backward(const ResidualNormBackward& op, Stream stream_handle
       case 4:
         return launch_backward_rows<T, 4>(op, plan, stream);
     }
-    const bool vector =
-        op.H % kChunk<T> == 0 && aligned16(op.dy, op.dz, op.row, op.gamma, op.beta, op.dresidual, op.dx);
+    const bool vector = op.H % kChunk<T> == 0 && aligned16(op.dy, op.dz, op.row, op.gamma, op.dresidual, op.dx);
     const auto kernel = vector ? residual_norm_backward_any<T, true> : residual_norm_backward_any<T, false>;
     PETUNE_LAUNCH(kernel, grid_of(plan.rows, op.G), kBlock, 0, stream, op, plan.rows, plan.sums);
   });

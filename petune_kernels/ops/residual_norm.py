@@ -34,7 +34,6 @@ import torch
 from torch import Tensor
 
 from ..backends import pick
-from ..schema import ROW_XHAT, ROW_Z
 from . import _checks as check
 from . import _saving as saving
 from ._seeds import new_seed
@@ -66,7 +65,7 @@ class ResidualNorm(torch.autograd.Function):
         saving.save(ctx, row, rstd, bias, gamma, beta, seed)
         again = partial(_normed_again, eps, rms) if keep_z else _affine
         saving.describe(y, saving.Recipe(again, row, saving.small(gamma), saving.small(beta)))
-        ctx.p, ctx.rms, ctx.want_z, ctx.row_kind = p, rms, want_z, ROW_Z if keep_z else ROW_XHAT
+        ctx.p, ctx.rms, ctx.want_z, ctx.row_is_z = p, rms, want_z, keep_z
         ctx.set_materialize_grads(False)
         return y, z
 
@@ -83,7 +82,7 @@ class ResidualNorm(torch.autograd.Function):
         want_dx = want_x and seed is not None
         dresidual, dx, dbias, dgamma, dbeta = pick("residual_norm_backward", dy)(
             dy.contiguous(), dz.contiguous() if dz is not None and ctx.want_z else None, row, rstd, bias, gamma, beta,
-            seed, ctx.p, ctx.rms, ctx.row_kind, want_residual or (want_x and not want_dx), want_dx, want_bias,
+            seed, ctx.p, ctx.rms, ctx.row_is_z, want_residual or (want_x and not want_dx), want_dx, want_bias,
             want_gamma, want_beta,
         )  # fmt: skip
         return (

@@ -104,17 +104,15 @@ def _add(total, partial, value, mask, IN_MEMORY: tl.constexpr):
 
 @triton.jit(do_not_specialize=["limit"])
 def backward_kernel(
-    dy, dz, row_saved, rstd, gamma, beta, seed, dresidual, dx, dbias, dgamma, dbeta, rows_per_group, rows_per_seed,
-    limit, keep, H: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, RMS: tl.constexpr, KIND: tl.constexpr,
-    GAMMA_STEP: tl.constexpr, BETA_STEP: tl.constexpr, IN_MEMORY: tl.constexpr,
+    dy, dz, row_saved, rstd, gamma, seed, dresidual, dx, dbias, dgamma, dbeta, rows_per_group, rows_per_seed,
+    limit, keep, H: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, RMS: tl.constexpr, ROW_IS_Z: tl.constexpr,
+    GAMMA_STEP: tl.constexpr, IN_MEMORY: tl.constexpr,
 ):  # fmt: skip
     group, col = tl.program_id(1).to(tl.int64), tl.arange(0, BLOCK)[None, :]
     inside_row = col < H
-    scale, shift = 1.0, 0.0
+    scale = 1.0
     if gamma is not None:
         scale = tl.load(gamma + group * GAMMA_STEP + col, mask=inside_row, other=1.0).to(tl.float32)
-    if KIND == 2 and beta is not None:
-        shift = tl.load(beta + group * BETA_STEP + col, mask=inside_row, other=0.0).to(tl.float32)
     # partials [program, group, H]
     part = (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + group) * H + col
     sum_bias = tl.zeros([ROWS, BLOCK], tl.float32)
@@ -127,12 +125,10 @@ def backward_kernel(
         inverse = tl.load(rstd + row, mask=within < rows_per_group, other=0.0)
         up = tl.load(dy + at, mask=inside, other=0.0).to(tl.float32)
         hat = tl.load(row_saved + at, mask=inside, other=0.0).to(tl.float32)
-        if KIND == 1:
+        if ROW_IS_Z:
             if not RMS:
                 hat = tl.where(inside_row, hat - tl.sum(hat, 1, keep_dims=True) / H, 0.0)
             hat *= inverse
-        elif KIND == 2:
-            hat = tl.where(inside, (hat - shift) / scale, 0.0)
         if dbeta is not None:
             sum_beta = _add(sum_beta, dbeta + part, up, inside, IN_MEMORY)
         if dgamma is not None:
@@ -165,7 +161,7 @@ def backward_kernel(
 
 
 def residual_norm_backward(
-    dy, dz, row, rstd, bias, gamma, beta, seed, p, rms, row_kind, want_dresidual, want_dx, want_dbias, want_dgamma,
+    dy, dz, row, rstd, bias, gamma, beta, seed, p, rms, row_is_z, want_dresidual, want_dx, want_dbias, want_dgamma,
     want_dbeta,
 ):  # fmt: skip
     serve("residual_norm_backward", dy)
@@ -187,9 +183,9 @@ def residual_norm_backward(
         for outputs in passes:
             if any(t is not None for t in outputs):
                 backward_kernel[(programs, G)](
-                    dy, dz, row, rstd, gamma, beta, seed, *outputs, T // G, T // (1 if seed is None else seed.numel()),
-                    threshold(p), 1.0 / (1.0 - p), H=H, BLOCK=block, ROWS=rows, RMS=rms, KIND=row_kind,
-                    GAMMA_STEP=_step(gamma), BETA_STEP=_step(beta), IN_MEMORY=in_memory, num_warps=warps,
+                    dy, dz, row, rstd, gamma, seed, *outputs, T // G, T // (1 if seed is None else seed.numel()),
+                    threshold(p), 1.0 / (1.0 - p), H=H, BLOCK=block, ROWS=rows, RMS=rms, ROW_IS_Z=row_is_z,
+                    GAMMA_STEP=_step(gamma), IN_MEMORY=in_memory, num_warps=warps,
                 )  # fmt: skip
         for partial, out in zip(parts, small, strict=True):
             if partial is not None and out is not None:

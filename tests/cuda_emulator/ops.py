@@ -25,7 +25,7 @@ STRUCTS = {
     "ResidualNorm": "T:i64 H:i64 G:i64 seeds:i64 dtype:int param_dtype:int x:ptr bias:ptr residual:ptr gamma:ptr "
     "beta:ptr seed:ptr p:f64 eps:f64 rms:bool y:ptr z:ptr xhat:ptr rstd:ptr shared:int",
     "ResidualNormBackward": "T:i64 H:i64 G:i64 seeds:i64 dtype:int param_dtype:int dy:ptr dz:ptr row:ptr rstd:ptr "
-    "gamma:ptr beta:ptr seed:ptr p:f64 rms:bool row_kind:int dresidual:ptr dx:ptr dbias:ptr dgamma:ptr dbeta:ptr "
+    "gamma:ptr seed:ptr p:f64 rms:bool row_is_z:bool dresidual:ptr dx:ptr dbias:ptr dgamma:ptr dbeta:ptr "
     "workspace:ptr shared:int",
     "BiasAct": "T:i64 N:i64 G:i64 dtype:int param_dtype:int u:ptr bias:ptr gate:ptr act:int h:ptr code:ptr",
     "BiasActBackward": "T:i64 N:i64 G:i64 dtype:int param_dtype:int dh:ptr u:ptr bias:ptr gate:ptr "
@@ -98,7 +98,7 @@ class Emulator:
         return y, z, xhat, rstd
 
     def residual_norm_backward(
-        self, dy, dz, row, rstd, bias, gamma, beta, seed, p, rms, row_kind, want_dresidual, want_dx, want_dbias,
+        self, dy, dz, row, rstd, bias, gamma, beta, seed, p, rms, row_is_z, want_dresidual, want_dx, want_dbias,
         want_dgamma, want_dbeta,
     ):  # fmt: skip
         seeds = 0 if seed is None else seed.numel()
@@ -110,7 +110,7 @@ class Emulator:
         self._call(
             "residual_norm_backward", "ResidualNormBackward", self.runs, **self._common(dy, bias, gamma, beta),
             H=dy.shape[1], G=_groups(bias, gamma, beta), seeds=seeds, dy=dy, dz=dz, row=row, rstd=rstd,
-            gamma=gamma, beta=beta, seed=seed, p=p, rms=rms, row_kind=row_kind, dresidual=dresidual, dx=dx,
+            gamma=gamma, seed=seed, p=p, rms=rms, row_is_z=row_is_z, dresidual=dresidual, dx=dx,
             dbias=dbias, dgamma=dgamma, dbeta=dbeta, shared=_shared(bias, gamma, beta),
         )  # fmt: skip
         return dresidual, dx, dbias, dgamma, dbeta

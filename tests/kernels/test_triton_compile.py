@@ -122,27 +122,27 @@ def compiled(call, arch, folder):
 WIDE, NARROW = r"\bLDG(?:STS)?\.E[\w.]*\.128", r"\bLDG\.E[\w.]*\.[US](?:8|16)\b"
 
 
-NORM = {  # H, dtype of x, dropout, rms, what the saved row is
-    "bert": (768, torch.bfloat16, True, False, 0),
-    "bert fp32": (768, torch.float32, False, False, 1),
-    "llama": (4096, torch.bfloat16, False, True, 1),
-    "wide": (16384, torch.bfloat16, False, True, 1),
+NORM = {  # H, dtype of x, dropout, rms, whether the saved row is z
+    "bert": (768, torch.bfloat16, True, False, False),
+    "bert fp32": (768, torch.float32, False, False, True),
+    "llama": (4096, torch.bfloat16, False, True, True),
+    "wide": (16384, torch.bfloat16, False, True, True),
 }
 
 
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("case", NORM)
 def test_residual_norm(case, arch, tmp_path):
-    width, dtype, drop, rms, kind = NORM[case]
+    width, dtype, drop, rms, row_is_z = NORM[case]
     x, row = empty(T, width, dtype=dtype), empty(T, width, dtype=dtype)
     gamma, beta, bias = (empty(width, dtype=dtype) for _ in range(3))
     beta, bias = (None, None) if rms else (beta, bias)
     seed, p = (empty(1, dtype=torch.int64), 0.1) if drop else (None, 0.0)
 
     def call():
-        residual_norm.residual_norm(x, bias, row, gamma, beta, seed, p, 1e-5, rms, kind == 1, kind == 0)
+        residual_norm.residual_norm(x, bias, row, gamma, beta, seed, p, 1e-5, rms, row_is_z, not row_is_z)
         residual_norm.residual_norm_backward(
-            x, x if kind == 1 else None, row, empty(T, dtype=torch.float32), bias, gamma, beta, seed, p, rms, kind,
+            x, x if row_is_z else None, row, empty(T, dtype=torch.float32), bias, gamma, beta, seed, p, rms, row_is_z,
             True, drop, not rms, True, not rms,
         )  # fmt: skip
 
