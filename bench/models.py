@@ -8,7 +8,7 @@ import functools
 import gc
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import repeat
+from itertools import product, repeat
 from typing import Any
 
 import torch
@@ -74,18 +74,19 @@ def run(settings: Settings, files: Files, console: Console) -> dict[str, Any]:
     harness.check_names("--shape", settings.shapes, list(SHAPES))
     harness.check_names("--regime", settings.regimes, REGIMES)
     result = harness.Result(files, "models", dataclasses.asdict(settings), device)
-    cases = [
-        Case(shape, regime, dtype, settings.batch, settings.length)
-        for shape in settings.shapes
-        for dtype in settings.dtypes
-        for regime in settings.regimes
-    ]
-    with harness.progress(console, len(cases)) as begin:
-        for case in cases:
+    asked = cases(settings)
+    with harness.progress(console, len(asked)) as begin:
+        for case in asked:
             begin(harness.title(dataclasses.asdict(case)))
             result.add(measure_case(case, settings))
     result.finish(console)
     return result.data
+
+
+def cases(settings: Any) -> list[Case]:
+    """Every shape, dtype and regime of the settings, in this order of loops."""
+    asked = product(settings.shapes, settings.dtypes, settings.regimes)
+    return [Case(shape, regime, dtype, settings.batch, settings.length) for shape, dtype, regime in asked]
 
 
 def measure_case(case: Case, settings: Settings) -> harness.Row:

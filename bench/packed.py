@@ -78,14 +78,9 @@ def run(settings: Settings, files: Files, console: Console) -> dict[str, Any]:
     harness.check_names("--shape", settings.shapes, list(SHAPES))
     harness.check_names("--regime", settings.regimes, REGIMES)
     result = harness.Result(files, "packed", dataclasses.asdict(settings), device)
-    cases = [
-        models.Case(shape, regime, dtype, settings.batch, settings.length)
-        for shape in settings.shapes
-        for dtype in settings.dtypes
-        for regime in settings.regimes
-    ]
-    with harness.progress(console, len(cases)) as begin:
-        for case in cases:
+    asked = models.cases(settings)
+    with harness.progress(console, len(asked)) as begin:
+        for case in asked:
             begin(harness.title(dataclasses.asdict(case)))
             result.add(measure_case(case, settings))
     result.finish(console, chart)

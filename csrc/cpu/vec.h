@@ -173,8 +173,8 @@ PETUNE_INLINE u64v multiply_low(u64v a, uint32_t m) {
 #endif
 }
 
-constexpr int kGroups = 2;          // of counters side by side, because one alone waits for its own multiplies
-constexpr int kWords = 4 * kLanes;  // a group has kLanes / 2 counters of four words
+constexpr int kGroups = 3;  // of counters side by side: fewer wait for their own multiplies, more leave the registers
+constexpr int kWords = 2 * kLanes * kGroups;  // a group has kLanes / 2 counters of four words
 
 template <int first, int... i>
 PETUNE_INLINE u64v interleaved(u64v low, u64v high, std::integer_sequence<int, i...>) {
