@@ -157,19 +157,21 @@ def memory(
     layers: Annotated[int, typer.Option(min=1, help="Of the models of which steps are run.")] = 3,
     device: Device = AUTO,
     rounds: Rounds = 15,
-    compile: Compile = False,
+    compile: Annotated[
+        list[str] | None, typer.Option(help="Regimes in which timed shapes meet torch.compile with a memory budget.")
+    ] = None,
     out: Out = RESULTS,
 ) -> None:
     """Every memory level: bytes kept, and with --time step time and peak, beside eager, PEFT and checkpointing.
 
-    With --compile torch.compile with an activation memory budget, too.
+    With --compile REGIME torch.compile with an activation memory budget, too; it compiles for minutes.
     """
     from . import memory as benchmark
 
     _check(device, [])
     settings = benchmark.Settings(
         tuple(shape or benchmark.REGIMES), tuple(regime or ()), batch, length, layers, tuple(time or ()), rounds,
-        compile, device,
+        tuple(compile or ()), device,
     )  # fmt: skip
     benchmark.run(settings, Files.new(out, "memory"), console)
 

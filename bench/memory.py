@@ -49,7 +49,8 @@ TARGETS = {"exact": 20.1, "coded": 16.1, "recompute": 6.1, "checkpoint": 2.1}
 @dataclass(frozen=True)
 class Settings:
     """timed: the shapes of which steps are run, cut to so many layers, in `rounds` turns, and their peaks taken; the
-    others are only counted. budgets: with torch.compile, which takes minutes a model."""
+    others are only counted. budgets: the regimes in which torch.compile is there too, of the timed shapes: it takes
+    minutes a model."""
 
     shapes: Sequence[str] = tuple(REGIMES)
     regimes: Sequence[str] = ()
@@ -58,7 +59,7 @@ class Settings:
     layers: int = 3
     timed: Sequence[str] = ("bert-base",)
     rounds: int = 10
-    budgets: bool = False
+    budgets: Sequence[str] = ()
     device: str = "cpu"
 
 
@@ -68,6 +69,7 @@ def run(settings: Settings, files: Files, console: Console) -> dict[str, Any]:
     harness.check_names("--time", settings.timed, settings.shapes)
     known = dict.fromkeys(name for shape in settings.shapes for name in REGIMES[shape])
     harness.check_names("--regime", settings.regimes, list(known))
+    harness.check_names("--compile", settings.budgets, list(settings.regimes or known))
     result = harness.Result(files, "memory", dataclasses.asdict(settings), torch.device(settings.device))
     cases = [
         models.Case(shape, regime, "bfloat16", settings.batch, settings.length)
@@ -90,23 +92,24 @@ def run(settings: Settings, files: Files, console: Console) -> dict[str, Any]:
     return result.data
 
 
-def points(settings: Settings) -> list[str]:
-    return [EAGER, HF, *LEVELS, *(BUDGETS if settings.budgets else ())]
+def points(case: models.Case, settings: Settings) -> list[str]:
+    compiled = case.shape in settings.timed and case.regime in settings.budgets
+    return [EAGER, HF, *LEVELS, *(BUDGETS if compiled else ())]
 
 
 def measure_case(case: models.Case, settings: Settings) -> harness.Row:
     row: harness.Row = {"case": dataclasses.asdict(case), "kept": {"cpu": {}, "cuda": {}}, "refused": {}}
-    for point in points(settings):
+    for point in points(case, settings):
         for kind in ("cpu", "cuda"):
-            if kind == "cuda" and point in BUDGETS:
-                continue  # what a compiler keeps is not followed without values
+            if point in BUDGETS:
+                continue  # a budget is spent on a whole model, so no layer has its own bytes: see `times`
             try:
                 row["kept"][kind][point] = kept(case, point, kind)
             except pk.PatchError as error:
                 row["refused"][point] = str(error)
     row["floor"] = {kind: floor(case, kind) for kind in ("cpu", "cuda")}
     if case.shape in settings.timed:
-        row |= times(case, settings, [point for point in points(settings) if point not in row["refused"]])
+        row |= times(case, settings, [point for point in points(case, settings) if point not in row["refused"]])
         row["against_peers"] = against_peers(row)
         row["memory"] = peaks(case, settings, list(row["seconds"]))
     return row
@@ -140,12 +143,8 @@ def kept(case: models.Case, point: str, kind: str) -> float:
     width = models.config(case).hidden_size
     if kind == "cpu":
         cpu = torch.device("cpu")
-        with budget(point):
-            found = measure.saved_bytes_per_token_per_layer(
-                lambda layers: build(case, point, cpu, layers), models.random_batch(case, cpu)
-            )
-        torch.compiler.reset()
-        return found / width
+        batch = models.random_batch(case, cpu)
+        return measure.saved_bytes_per_token_per_layer(lambda layers: build(case, point, cpu, layers), batch) / width
     empty = torch.device("meta")
     with meta.standing_for(kind), meta.Values(), footprint.Device():
         batch = models.random_batch(case, empty)
@@ -181,18 +180,19 @@ def floor(case: models.Case, kind: str) -> dict[str, float]:
 
 
 def times(case: models.Case, settings: Settings, names: Sequence[str]) -> harness.Row:
-    """Seconds of a whole step of each point, in turn; its time over eager's; and the time of every peer over that of
-    the fastest level which keeps no more."""
+    """Seconds of a whole step of each point, in turn, its time over eager's, and what its model keeps for backward."""
     device = torch.device(settings.device)
     batch = models.random_batch(case, device)
     steps: dict[str, Callable[[], object]] = {}
-    for name in names:
-        model = build(case, name, device, settings.layers)
+    built = {name: build(case, name, device, settings.layers) for name in names}
+    for name, model in built.items():
         run = train.Run(model, repeat(batch), settings.rounds + 3, lr=1e-4, seed=0)
         steps[name] = functools.partial(_step, name, run)
     measure.interleave(steps, 3, device)
     seconds = measure.interleave(steps, settings.rounds, device)
+    held = {name: _held(name, model, batch) for name, model in built.items()}
     steps.clear()
+    built.clear()
     torch.compiler.reset()
     gc.collect()
 
@@ -202,8 +202,16 @@ def times(case: models.Case, settings: Settings, names: Sequence[str]) -> harnes
     return {
         "seconds": {name: dataclasses.asdict(measure.Spread.of(values)) for name, values in seconds.items()},
         "over_eager": {name: over(name, EAGER) for name in seconds if name != EAGER},
+        "held": held,
         "raw": seconds,
     }
+
+
+def _held(name: str, model: nn.Module, batch: train.Batch) -> int:
+    with budget(name):
+        return measure.saved_bytes(
+            lambda: model(**batch)["loss"], [*model.parameters(), *model.buffers(), *batch.values()]
+        )
 
 
 def _step(name: str, run: train.Run) -> None:
@@ -212,11 +220,11 @@ def _step(name: str, run: train.Run) -> None:
 
 
 def against_peers(row: harness.Row) -> list[dict[str, Any]]:
-    """For every peer: the fastest level that keeps no more than it on this device, and the peer's time over its."""
-    found, kept_ = [], row["kept"]["cpu"]
+    """For every peer: the fastest level whose model keeps no more than the peer's, and the peer's time over its."""
+    found, held = [], row["held"]
     for peer in (HF, *BUDGETS):
-        levels = [name for name in LEVELS if name in row["raw"] and kept_[name] <= 1.05 * kept_.get(peer, 0)]
-        if peer in row["raw"] and levels:
+        levels = [name for name in LEVELS if name in held and held[name] <= 1.05 * held.get(peer, 0)]
+        if levels:
             best = min(levels, key=lambda name: statistics.median(row["raw"][name]))
             ratio = measure.paired_ratio(row["raw"], of=peer, to=best)
             found.append({"peer": peer, "level": best, **dataclasses.asdict(ratio)})
@@ -251,9 +259,13 @@ def by_shape(result: Mapping[str, Any]) -> dict[str, list[harness.Row]]:
     return found
 
 
+def points_of(row: harness.Row) -> list[str]:
+    return list(dict.fromkeys((*row["kept"]["cpu"], *row.get("seconds", ()))))
+
+
 def grid(rows: Sequence[harness.Row], cell: Callable[[harness.Row, str], str]) -> list[list[str]]:
     """A line for each point, a cell for each regime; lines without any content are left out."""
-    names = list(dict.fromkeys(name for row in rows for name in (*row["kept"]["cpu"], *row["refused"])))
+    names = dict.fromkeys(name for row in rows for name in (*points_of(row), *row["refused"]))
     lines = [[name, *(cell(row, name) for row in rows)] for name in names]
     return [line for line in lines if any(line[1:])]
 
@@ -271,6 +283,11 @@ def time_cell(row: harness.Row, name: str) -> str:
     return "" if found is None else f"{found['median']:.2f} ({found['low']:.2f} to {found['high']:.2f})"
 
 
+def held_cell(row: harness.Row, name: str) -> str:
+    found = row.get("held", {}).get(name)
+    return "" if found is None else f"{found / 2**20:,.0f}"
+
+
 def peak_cell(row: harness.Row, name: str) -> str:
     found = row.get("memory", {}).get(name)
     return "" if found is None else f"{found.get('rise_given_back', found['rise']) / 2**20:,.0f}"
@@ -280,6 +297,7 @@ CELLS: dict[str, Callable[[harness.Row, str], str]] = {
     "bytes kept a token and hidden unit of one layer, CUDA's kernels (accounted on the meta device)": kept_cell("cuda"),
     "the same, this CPU's kernels (counted on real tensors)": kept_cell("cpu"),
     "step time over eager's, median and quartiles": time_cell,
+    "what the timed model keeps for backward, MiB": held_cell,
     "memory that a whole step adds at its peak, MiB": peak_cell,
 }
 """The tables of a result."""
@@ -301,15 +319,17 @@ def tables(result: Mapping[str, Any]) -> list[Table]:
 
 def write_csv(result: Mapping[str, Any], path: Path) -> None:
     """A line for each case and point."""
-    names = ["kept_cuda", "kept_cpu", "floor_cuda", "floor_cpu", "seconds", "over_eager", "rise", "rise_given_back"]
+    names = ["kept_cuda", "kept_cpu", "floor_cuda", "floor_cpu", "seconds", "over_eager"]
+    names += ["held", "rise", "rise_given_back"]
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, [*result["rows"][0]["case"], "point", *names])
         writer.writeheader()
         for row in result["rows"]:
-            for point in row["kept"]["cpu"]:
+            for point in points_of(row):
                 line = {f"{part}_{kind}": row[part][kind].get(point) for part, kind in product(PARTS, KINDS)}
                 line["seconds"] = row.get("seconds", {}).get(point, {}).get("median")
                 line["over_eager"] = row.get("over_eager", {}).get(point, {}).get("median")
+                line["held"] = row.get("held", {}).get(point)
                 writer.writerow({**row["case"], "point": point, **line, **row.get("memory", {}).get(point, {})})
 
 

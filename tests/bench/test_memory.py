@@ -64,7 +64,7 @@ def test_a_run_is_written_drawn_and_shown(tiny: memory.Settings, tmp_path: Path,
         assert set(row["seconds"]) == set(row["memory"]) == {harness.EAGER, memory.HF, *memory.LEVELS}
         assert all(found["rise"] > 0 for found in row["memory"].values())
         (peer,) = row["against_peers"]
-        assert peer["peer"] == memory.HF and row["kept"]["cpu"][peer["level"]] <= 1.05 * row["kept"]["cpu"][memory.HF]
+        assert peer["peer"] == memory.HF and row["held"][peer["level"]] <= 1.05 * row["held"][memory.HF]
     with path.with_suffix(".csv").open() as file:
         lines = list(csv.DictReader(file))
     assert len(lines) == 12 and float(lines[2]["kept_cpu"]) == result["rows"][0]["kept"]["cpu"]["exact"]
@@ -81,7 +81,7 @@ def test_a_run_is_written_drawn_and_shown(tiny: memory.Settings, tmp_path: Path,
 
 def test_a_peer_is_met_by_the_fastest_level_that_keeps_no_more() -> None:
     row = {
-        "kept": {"cpu": {memory.HF: 2.0, "exact": 18.0, "recompute": 4.0, "checkpoint": 2.0}},
+        "held": {memory.HF: 20, "exact": 180, "recompute": 40, "checkpoint": 21},
         "raw": {memory.HF: [3.0, 3.0], "exact": [1.0, 1.0], "recompute": [1.5, 1.5], "checkpoint": [2.0, 2.0]},
     }
     (found,) = memory.against_peers(row)
@@ -108,5 +108,7 @@ def test_a_level_that_a_model_has_nothing_for_is_a_dash(tiny: memory.Settings, m
 def test_bad_input_is_one_line_and_exit_2(tmp_path: Path, capsys) -> None:
     assert main("memory", "--shape", "bert", "--out", str(tmp_path)) == 2
     assert "--shape is 'bert'; accepted are bert-base, tinyllama" in capsys.readouterr().err
+    assert main("memory", "--compile", "lora", "--out", str(tmp_path)) == 2
+    assert "--compile is 'lora'" in capsys.readouterr().err
     assert main("memory", "--shape", "tinyllama", "--regime", "bitfit", "--out", str(tmp_path)) == 2
     assert "--regime is 'bitfit'" in capsys.readouterr().err
