@@ -9,10 +9,8 @@ whole step in a fresh process, with freed blocks given back at once and as glibc
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import dataclasses
-import functools
 import gc
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -122,19 +120,25 @@ def build(case: models.Case, point: str, device: torch.device, layers: int) -> n
     if point == HF:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     elif point in BUDGETS:
-        model.compile()
+        model.compile(backend=Budget(BUDGETS[point]))
     elif point != EAGER:
         pk.patch(model, memory=point)
     return model
 
 
-def budget(point: str) -> contextlib.AbstractContextManager[Any]:
-    """What a compiled model is to be called in: it is compiled at its first call."""
-    if point not in BUDGETS:
-        return contextlib.nullcontext()
-    import torch._functorch.config as config
+@dataclass(frozen=True, eq=False)
+class Budget:
+    """torch.compile's own backend with a budget. Each is another backend to dynamo, which would otherwise run what it
+    compiled for the first budget with every model of the class."""
 
-    return config.patch(activation_memory_budget=BUDGETS[point])  # type: ignore[attr-defined]
+    share: float
+
+    def __call__(self, graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        import torch._functorch.config as config
+        from torch._inductor.compile_fx import compile_fx
+
+        with config.patch(activation_memory_budget=self.share):  # type: ignore[attr-defined]
+            return compile_fx(graph, inputs)
 
 
 def kept(case: models.Case, point: str, kind: str) -> float:
@@ -187,10 +191,10 @@ def times(case: models.Case, settings: Settings, names: Sequence[str]) -> harnes
     built = {name: build(case, name, device, settings.layers) for name in names}
     for name, model in built.items():
         run = train.Run(model, repeat(batch), settings.rounds + 3, lr=1e-4, seed=0)
-        steps[name] = functools.partial(_step, name, run)
+        steps[name] = run.step
     measure.interleave(steps, 3, device)
     seconds = measure.interleave(steps, settings.rounds, device)
-    held = {name: _held(name, model, batch) for name, model in built.items()}
+    held = {name: _held(model, batch) for name, model in built.items()}
     steps.clear()
     built.clear()
     torch.compiler.reset()
@@ -207,16 +211,9 @@ def times(case: models.Case, settings: Settings, names: Sequence[str]) -> harnes
     }
 
 
-def _held(name: str, model: nn.Module, batch: train.Batch) -> int:
-    with budget(name):
-        return measure.saved_bytes(
-            lambda: model(**batch)["loss"], [*model.parameters(), *model.buffers(), *batch.values()]
-        )
-
-
-def _step(name: str, run: train.Run) -> None:
-    with budget(name):
-        run.step()
+def _held(model: nn.Module, batch: train.Batch) -> int:
+    kept_anyway = [*model.parameters(), *model.buffers(), *batch.values()]
+    return measure.saved_bytes(lambda: model(**batch)["loss"], kept_anyway)
 
 
 def against_peers(row: harness.Row) -> list[dict[str, Any]]:
@@ -248,8 +245,8 @@ def step_peak(case: models.Case, point: str, settings: Settings, give_back: bool
     device = torch.device(settings.device)
     model, batch = build(case, point, device, settings.layers), models.random_batch(case, device)
     run = train.Run(model, repeat(batch), 2, lr=1e-4, seed=0)
-    _step(point, run)
-    return measure.peak_memory(functools.partial(_step, point, run), device)
+    run.step()
+    return measure.peak_memory(run.step, device)
 
 
 def by_shape(result: Mapping[str, Any]) -> dict[str, list[harness.Row]]:

@@ -89,25 +89,28 @@ def bench_results() -> list[dict[str, Any]]:
 
 
 def render_bench() -> str:
-    """One table for each result: every case with its providers' medians, and petune's speed-up over eager."""
+    """One table for each result: every case with its providers' medians, and each peer's time over petune's."""
     blocks = []
     for result in bench_results():
         machine = result["machine"]
         providers = list(dict.fromkeys(name for row in result["rows"] for name in row["seconds"]))
+        peers = [name for name in providers if not name.startswith("petune")]
         lines = [
             f"`{result['command']}`, {machine['device']}, {machine['threads']} threads, torch "
-            f"{machine['versions']['torch']}; medians in ms, and eager's time over petune's with its quartiles.",
+            f"{machine['versions']['torch']}; medians in ms, and a peer's time over petune's with its quartiles.",
             "",
-            f"| {' | '.join(['case', *providers, 'petune over eager'])} |",
-            f"|---|{'--:|' * (len(providers) + 1)}",
+            f"| {' | '.join(['case', *providers, *(f'petune over {name}' for name in peers)])} |",
+            f"|---|{'--:|' * (len(providers) + len(peers))}",
         ]
         for row in result["rows"]:
             times = [
                 f"{1e3 * row['seconds'][name]['median']:.4g}" if name in row["seconds"] else "-" for name in providers
             ]
-            ratio = row["speedup"].get("petune")
-            shown = f"{ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})" if ratio else "-"
-            lines.append(f"| {' | '.join([' '.join(map(str, row['case'].values())), *times, shown])} |")
+            ratios = [
+                f"{r['median']:.2f} ({r['low']:.2f} to {r['high']:.2f})" if (r := row["petune_over"].get(name)) else "-"
+                for name in peers
+            ]
+            lines.append(f"| {' | '.join([' '.join(map(str, row['case'].values())), *times, *ratios])} |")
         blocks.append("\n".join([*lines, ""]))
     return "\n".join(blocks)
 
