@@ -298,6 +298,8 @@ CELLS: dict[str, Callable[[harness.Row, str], str]] = {
     "memory that a whole step adds at its peak, MiB": peak_cell,
 }
 """The tables of a result."""
+MAIN = [title for title in CELLS if "this CPU" not in title and "timed model" not in title]
+"""Those that README shows."""
 
 
 def tables(result: Mapping[str, Any]) -> list[Table]:

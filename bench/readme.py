@@ -121,8 +121,10 @@ def memory_result() -> dict[str, Any] | None:
     return next((result for result in reversed(found) if result["complete"]), None)
 
 
-def render_memory(result: dict[str, Any], shapes: Sequence[str] | None = None) -> str:
-    """The tables of bench/memory.py, of these shapes or all of them."""
+def render_memory(
+    result: dict[str, Any], shapes: Sequence[str] | None = None, titles: Sequence[str] = tuple(memory.CELLS)
+) -> str:
+    """The tables of bench/memory.py with these titles, of these shapes or all of them."""
     machine, s = result["machine"], result["settings"]
     ran = f"; steps of {s['batch']} x {s['length']} tokens and {s['layers']} layers" if s["timed"] else ""
     lines = [
@@ -133,8 +135,8 @@ def render_memory(result: dict[str, Any], shapes: Sequence[str] | None = None) -
     for shape, rows in memory.by_shape(result).items():
         if shapes is not None and shape not in shapes:
             continue
-        for title, cell in memory.CELLS.items():
-            if grid := memory.grid(rows, cell):
+        for title in titles:
+            if grid := memory.grid(rows, memory.CELLS[title]):
                 names = [shape, *(row["case"]["regime"] for row in rows)]
                 lines += [f"{title[0].upper()}{title[1:]}:", "", f"| {' | '.join(names)} |"]
                 lines += [f"|---|{'--:|' * (len(names) - 1)}", *(f"| {' | '.join(line)} |" for line in grid), ""]
@@ -192,7 +194,7 @@ def main() -> int:
     texts = {readme: after}
     if (found := memory_result()) is not None:
         kernels = ROOT / "docs" / "kernels.md"
-        texts[readme] = replaced(after, "memory", render_memory(found, ["bert-base"]))
+        texts[readme] = replaced(after, "memory", render_memory(found, ["bert-base"], memory.MAIN))
         texts[kernels] = replaced(kernels.read_text(), "memory", render_memory(found))
     if check:
         return int(any(text != path.read_text() for path, text in texts.items()))
