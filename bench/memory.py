@@ -150,7 +150,7 @@ def kept(case: models.Case, point: str, kind: str) -> float:
         batch = models.random_batch(case, cpu)
         return measure.saved_bytes_per_token_per_layer(lambda layers: build(case, point, cpu, layers), batch) / width
     empty = torch.device("meta")
-    with meta.standing_for(kind), meta.Values(), footprint.Device():
+    with meta.standing_for(kind), meta.Values(), footprint.ways_of_device():
         batch = models.random_batch(case, empty)
         return measure.saved_bytes_per_token_per_layer(lambda layers: build(case, point, empty, layers), batch) / width
 

@@ -21,8 +21,8 @@ from __future__ import annotations
 import re
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +30,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -99,11 +98,11 @@ def follow(
     parameters, buffers = list(model.parameters()), list(model.buffers())
     alive = [*parameters, *buffers, *batch.values()]
     ledger = _Ledger()
-    with values, Device(), ledger, _Where(blocks) as where, ExitStack() as hooks:
+    with values, ways_of_device(), ledger, _Where(blocks) as where, ExitStack() as hooks:
         ledger.label([*parameters, *buffers], "weights")
         ledger.label(batch.values(), "inputs")
         updates = train.Updates([([p for p in parameters if p.requires_grad], 1e-3)], steps=2)
-        torch.autograd.backward(loss_of(model, batch))  # not Tensor.backward, within which Device would be off
+        loss_of(model, batch).backward()
         updates.step()
         for setting in updates.optimizer.param_groups:
             setting["fused"] = True  # as on a real device, from now on: setting up the states refuses the meta device
@@ -129,7 +128,7 @@ def follow(
             if block is not None:
                 layers[block] += size
         del holders, tensor
-        torch.autograd.backward(loss)
+        loss.backward()
         gradients = sum(p.grad.untyped_storage().nbytes() for p in parameters if p.grad is not None)
         del loss
         updates.step()
@@ -269,20 +268,24 @@ def _group(uses: Sequence[tuple[Any, str]]) -> str:
     return next(group for group, fits in GROUPS.items() if any(re.search(fits, text) for text in texts))
 
 
-class Device(TorchFunctionMode):
-    """On the meta device, torch's functions take the way that they take on the device that it stands for."""
+@contextmanager
+def ways_of_device() -> Iterator[None]:
+    """On the meta device, torch's functions take the way that they take on the device that it stands for. They are
+    replaced, since a mode for torch's functions is off within backward, where checkpointing runs a layer again."""
+    cuda = meta.kind(torch.device("meta")) == "cuda"
+    own_attention, own_dropout = F.scaled_dot_product_attention, F.dropout
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._cuda = meta.kind(torch.device("meta")) == "cuda"
+    def attention(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return _attention(cuda, query, *args, **kwargs) if query.is_meta else own_attention(query, *args, **kwargs)
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention and args[0].is_meta:
-            return _attention(self._cuda, *args, **kwargs)
-        if func is F.dropout and self._cuda and args[0].is_meta:
-            return _dropout(*args, **kwargs)
-        return func(*args, **kwargs)
+    def dropout(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return (_dropout if cuda and input.is_meta else own_dropout)(input, *args, **kwargs)
+
+    F.scaled_dot_product_attention, F.dropout = attention, dropout
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention, F.dropout = own_attention, own_dropout
 
 
 def _dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:

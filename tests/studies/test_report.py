@@ -25,6 +25,7 @@ CONFIGS = {
     "bert": SMALL,
     "roberta": SMALL | dict(pad_token_id=1),
     "llama": SMALL | dict(num_key_value_heads=2, attention_dropout=0.1),
+    "qwen3": SMALL | dict(num_key_value_heads=2, head_dim=24),  # no dropout: torch's fused attention
     "gpt2": dict(vocab_size=211, n_layer=3, n_embd=96, n_head=4, n_inner=160),
 }
 LORA = {"r": 4, "dropout": 0.1, "targets": "all-linear"}
