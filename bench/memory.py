@@ -98,9 +98,9 @@ def points(case: models.Case, settings: Settings) -> list[str]:
 def measure_case(case: models.Case, settings: Settings) -> harness.Row:
     row: harness.Row = {"case": dataclasses.asdict(case), "kept": {"cpu": {}, "cuda": {}}, "refused": {}}
     for point in points(case, settings):
+        if point in BUDGETS:
+            continue  # a budget is spent on a whole model, so no layer has its own bytes: see `times`
         for kind in ("cpu", "cuda"):
-            if point in BUDGETS:
-                continue  # a budget is spent on a whole model, so no layer has its own bytes: see `times`
             try:
                 row["kept"][kind][point] = kept(case, point, kind)
             except pk.PatchError as error:
@@ -194,7 +194,7 @@ def times(case: models.Case, settings: Settings, names: Sequence[str]) -> harnes
         steps[name] = run.step
     measure.interleave(steps, 3, device)
     seconds = measure.interleave(steps, settings.rounds, device)
-    held = {name: _held(model, batch) for name, model in built.items()}
+    held = {name: measure.saved_bytes_of_model(model, batch) for name, model in built.items()}
     steps.clear()
     built.clear()
     torch.compiler.reset()
@@ -209,11 +209,6 @@ def times(case: models.Case, settings: Settings, names: Sequence[str]) -> harnes
         "held": held,
         "raw": seconds,
     }
-
-
-def _held(model: nn.Module, batch: train.Batch) -> int:
-    kept_anyway = [*model.parameters(), *model.buffers(), *batch.values()]
-    return measure.saved_bytes(lambda: model(**batch)["loss"], kept_anyway)
 
 
 def against_peers(row: harness.Row) -> list[dict[str, Any]]:
@@ -318,8 +313,8 @@ def tables(result: Mapping[str, Any]) -> list[Table]:
 
 def write_csv(result: Mapping[str, Any], path: Path) -> None:
     """A line for each case and point."""
-    names = ["kept_cuda", "kept_cpu", "floor_cuda", "floor_cpu", "seconds", "over_eager"]
-    names += ["held", "rise", "rise_given_back"]
+    names = [*(f"{part}_{kind}" for part, kind in product(PARTS, KINDS)), "seconds", "over_eager", "held"]
+    names += ["rise", "rise_given_back"]
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, [*result["rows"][0]["case"], "point", *names])
         writer.writeheader()

@@ -42,8 +42,8 @@ def _product(u: Tensor, v: Tensor, scale: float = 1.0) -> Tensor:
 
 
 def _plain(x: Tensor, a: Tensor, seed: Tensor | None) -> bool:
-    """Whether torch's bf16 products serve as they are: no mask, no cast, one replica. Faster than the CPU's kernel by
-    up to a sixth of the whole op and hardly ever slower (docs/kernels.md, lora_linear against PEFT's layer)."""
+    """Whether torch's bf16 products serve as they are: no mask, no cast, one replica. Mostly faster than the CPU's
+    kernel there (docs/kernels.md, lora_linear against PEFT's layer)."""
     return seed is None and a.dtype == x.dtype == torch.bfloat16 and _small(a).dim() == 2
 
 

@@ -78,7 +78,7 @@ void backward_rows(const ResidualNormBackward& a, int64_t replica, int64_t begin
       for_vectors(H, [&](int64_t i, auto n) {
         f32v v = load(row + i, n);
         if (a.row_is_z) v = (v - mean) * rstd;
-        v = first_lanes(v, n);  // lanes past H hold what gamma's scratch row happened to hold
+        v = first_lanes(v, n);  // lanes past H: -mean * rstd, and what gamma's scratch row happens to hold
         const f32v dv = first_lanes(load(dy + i, n) * load(gamma + i), n);
         sum_g += dv;
         sum_gx += dv * v;

@@ -96,6 +96,11 @@ def saved_bytes(forward: Callable[[], object], exclude: Iterable[torch.Tensor] =
     return count
 
 
+def saved_bytes_of_model(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> int:
+    """The same for a model called as model(**batch), without its parameters, its buffers and the batch."""
+    return saved_bytes(lambda: model(**batch)["loss"], [*model.parameters(), *model.buffers(), *batch.values()])
+
+
 def saved_bytes_per_token_per_layer(
     build: Callable[[int], nn.Module], batch: Mapping[str, torch.Tensor], layers: tuple[int, int] = (2, 3)
 ) -> float:
@@ -109,11 +114,8 @@ def saved_bytes_per_token_per_layer(
     if not 0 < few < many:
         raise ValueError(f"layers must be two increasing numbers above 0, got {layers}")
 
-    def count(n: int) -> int:
-        model = build(n)
-        return saved_bytes(lambda: model(**batch)["loss"], [*model.parameters(), *model.buffers(), *batch.values()])
-
-    return (count(many) - count(few)) / (many - few) / batch["input_ids"].numel()
+    added = saved_bytes_of_model(build(many), batch) - saved_bytes_of_model(build(few), batch)
+    return added / (many - few) / batch["input_ids"].numel()
 
 
 @dataclass(frozen=True)
