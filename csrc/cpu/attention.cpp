@@ -133,8 +133,15 @@ struct Head {
   const int64_t width, score_row, head_row;  // K and D in whole vectors, and the distance of their scratch rows
   int64_t b = 0, h = 0;
   float *mask, *multipliers;
+  const float* drawn = nullptr;  // multipliers of rows drawn_from to drawn_to - 1
+  int64_t drawn_from = 0, drawn_to = 0;
 
-  static int64_t scratch_floats(const Attention& a) { return 2 * padded(a.K); }
+  // Rows follow one another in the mask, and few long draws cost less than many short ones.
+  static int64_t rows_drawn(const Attention& a) {
+    return a.causal ? 1 : std::clamp<int64_t>(4096 / std::max<int64_t>(a.K, 1), 1, kTileRows);
+  }
+
+  static int64_t scratch_floats(const Attention& a) { return padded(a.K) + padded(rows_drawn(a) * a.K); }
 
   Head(const Attention& a, Scratch& scratch)
       : a(a),
@@ -143,14 +150,14 @@ struct Head {
         score_row(whole_vectors(a.K) + kLanes),  // no power of two: rows would fall on the same cache lines
         head_row(whole_vectors(a.D)),
         mask(scratch.take(padded(a.K))),
-        multipliers(scratch.take(padded(a.K))) {}
+        multipliers(scratch.take(padded(rows_drawn(a) * a.K))) {}
 
   const X* at(const void* p, const Strides& s, int64_t row = 0) const {
     return static_cast<const X*>(p) + b * s.b + h * s.h + row * s.s;
   }
 
   void select(int64_t unit) {
-    b = unit / a.h, h = unit % a.h;
+    b = unit / a.h, h = unit % a.h, drawn_to = 0;
     if (!a.mask)
       std::fill(mask, mask + width, 0.0f);
     else if (a.mask_strides[2] == 0)
@@ -166,10 +173,15 @@ struct Head {
   // Columns that `row` may look at.
   int64_t visible(int64_t row) const { return a.causal ? std::clamp<int64_t>(row + 1 + a.K - a.S, 0, a.K) : a.K; }
 
-  const float* keep(int64_t row) const {
+  const float* keep(int64_t row) {
     if (!a.seed) return nullptr;
-    const int64_t batch = a.B / a.seeds, first = ((b % batch * a.h + h) * a.S + row) * a.K;
-    return dropper.multipliers(static_cast<uint64_t>(a.seed[b / batch]), first, visible(row), multipliers);
+    if (row < drawn_from || row >= drawn_to) {
+      const int64_t batch = a.B / a.seeds, first = ((b % batch * a.h + h) * a.S + row) * a.K;
+      drawn_from = row, drawn_to = std::min(row + rows_drawn(a), a.S);
+      const int64_t n = a.causal ? visible(row) : (drawn_to - row) * a.K;
+      drawn = dropper.multipliers(static_cast<uint64_t>(a.seed[b / batch]), first, n, multipliers);
+    }
+    return drawn + (row - drawn_from) * a.K;
   }
 
   // Turns a row of q k^T into scale * q k^T + mask, -inf where it may not look; returns the maximum.

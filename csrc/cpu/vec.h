@@ -173,42 +173,71 @@ PETUNE_INLINE u64v multiply_low(u64v a, uint32_t m) {
 #endif
 }
 
-constexpr int kGroups = 3;  // of counters side by side: fewer wait for their own multiplies, more leave the registers
+constexpr int kGroups = 4;  // of counters side by side: fewer wait for their own multiplies, more leave the registers
 constexpr int kWords = 2 * kLanes * kGroups;  // a group has kLanes / 2 counters of four words
 
-template <int first, int... i>
-PETUNE_INLINE u64v interleaved(u64v low, u64v high, std::integer_sequence<int, i...>) {
-  return __builtin_shufflevector(low, high, (first + i / 2 + i % 2 * (kLanes / 2))...);
+// The two keys of every round.
+struct PhiloxKeys {
+  uint64_t key[10][2];
+
+  explicit PhiloxKeys(uint64_t seed) {
+    uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
+    for (auto& round : key) {
+      round[0] = k0, round[1] = k1;
+      k0 += kPhiloxW0, k1 += kPhiloxW1;
+    }
+  }
+};
+
+// Lane 2 i holds counter i and lane 2 i + 1 counter i + kLanes / 4, so that lanes need not cross the register below.
+template <int... i>
+PETUNE_INLINE u64v counters(std::integer_sequence<int, i...>) {
+  return u64v{static_cast<uint64_t>(i / 2 + i % 2 * (kLanes / 4))...};
 }
 
-// Words of kWords consecutive elements, the first of which is element 4 * counter.
-PETUNE_INLINE void philox_words(uint64_t seed, uint64_t counter, uint32_t* words) {
+template <int first, int... i>
+PETUNE_INLINE u32v interleaved(u64v low, u64v high, std::integer_sequence<int, i...>) {
+  return (u32v)__builtin_shufflevector(low, high, (first + i / 2 * 2 + i % 2 * (kLanes / 2))...);
+}
+
+// Both halves of a product are words at the end: the high one, xor a and b, and behind it the low one.
+template <int... i>
+PETUNE_INLINE u64v last_words(u64v product, u64v a, u64v b, std::integer_sequence<int, i...>) {
+  const u64v swapped = (u64v)__builtin_shufflevector((u32v)product, (u32v)product, (i ^ 1)...);
+#if PETUNE_LEVEL == 2
+  return (u64v)_mm512_mask_ternarylogic_epi32((__m512i)swapped, 0x5555, (__m512i)a, (__m512i)b, 0x96);
+#else
+  return swapped ^ ((a ^ b) & 0xFFFFFFFFull);
+#endif
+}
+
+// Words of kWords consecutive elements, the first of which is element 4 * counter: words[i] holds kLanes of them.
+PETUNE_INLINE void philox_words(const PhiloxKeys& keys, uint64_t counter, u32v (&words)[2 * kGroups]) {
   constexpr auto lanes = std::make_integer_sequence<int, kLanes / 2>{};
-  const u64v step = counting<u64v, uint64_t>(lanes);
+  constexpr auto halves = std::make_integer_sequence<int, kLanes>{};
+  const u64v step = counters(lanes);
   u64v c0[kGroups], c1[kGroups], c2[kGroups], c3[kGroups];
   for (int g = 0; g < kGroups; ++g) {
     c0[g] = step + (counter + kLanes / 2 * g);
     c1[g] = c0[g] >> 32;
     c2[g] = c3[g] = u64v{};
   }
-  uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
 #pragma GCC unroll 10
   for (int round = 0; round < 10; ++round) {
+    const auto [k0, k1] = keys.key[round];
     for (int g = 0; g < kGroups; ++g) {
       const u64v product0 = multiply_low(c0[g], kPhiloxM0), product1 = multiply_low(c2[g], kPhiloxM1);
-      c0[g] = (product1 >> 32) ^ c1[g] ^ static_cast<uint64_t>(k0);
-      c1[g] = product1;
-      c2[g] = (product0 >> 32) ^ c3[g] ^ static_cast<uint64_t>(k1);
-      c3[g] = product0;
+      if (round < 9) {
+        c0[g] = (product1 >> 32) ^ c1[g] ^ k0;
+        c2[g] = (product0 >> 32) ^ c3[g] ^ k1;
+        c1[g] = product1, c3[g] = product0;
+      } else {
+        const u64v low = last_words(product1, c1[g], k0 - u64v{}, halves);
+        const u64v high = last_words(product0, c3[g], k1 - u64v{}, halves);
+        words[2 * g] = interleaved<0>(low, high, lanes);
+        words[2 * g + 1] = interleaved<1>(low, high, lanes);
+      }
     }
-    k0 += kPhiloxW0;
-    k1 += kPhiloxW1;
-  }
-  for (int g = 0; g < kGroups; ++g) {
-    const u64v low = (c0[g] & 0xFFFFFFFFull) | (c1[g] << 32), high = (c2[g] & 0xFFFFFFFFull) | (c3[g] << 32);
-    const u64v first = interleaved<0>(low, high, lanes), second = interleaved<kLanes / 4>(low, high, lanes);
-    std::memcpy(words + 2 * kLanes * g, &first, sizeof first);
-    std::memcpy(words + 2 * kLanes * g + kLanes, &second, sizeof second);
   }
 }
 
@@ -219,18 +248,19 @@ struct Dropper {
 
   explicit Dropper(double p) : threshold(drop_threshold(p)), scale(static_cast<float>(1.0 / (1.0 - p))) {}
 
+  PETUNE_INLINE f32v multiplier(u32v word) const { return word >= threshold ? splat(scale) : f32v{}; }
+
   // Fills `buffer` (padded(n) floats) and returns where in it element `first` stands.
   PETUNE_INLINE const float* multipliers(uint64_t seed, uint64_t first, int64_t n, float* buffer) const {
-    const int64_t offset = static_cast<int64_t>(first % 4);
-    for (int64_t i = 0; i < n + offset; i += kWords) {
-      alignas(64) uint32_t words[kWords];
-      philox_words(seed, (first + i) / 4, words);
-      for (int j = 0; j < kWords && i + j < padded(n); j += kLanes) {
-        u32v word;
-        std::memcpy(&word, words + j, sizeof word);
-        const i32v keep = word >= threshold;
-        store(buffer + i + j, (f32v)(keep & (i32v)splat(scale)));
-      }
+    const int64_t offset = static_cast<int64_t>(first % 4), whole = n + offset;
+    const PhiloxKeys keys(seed);
+    for (int64_t i = 0; i < whole; i += kWords) {
+      u32v words[2 * kGroups];
+      philox_words(keys, (first + i) / 4, words);
+      if (i + kWords <= whole)
+        for (int j = 0; j < 2 * kGroups; ++j) store(buffer + i + j * kLanes, multiplier(words[j]));
+      else
+        for (int j = 0; i + j * kLanes < whole; ++j) store(buffer + i + j * kLanes, multiplier(words[j]));
     }
     return buffer + offset;
   }

@@ -137,6 +137,20 @@ def test_rows_whose_every_column_is_masked(dtype: torch.dtype, seeing: str) -> N
             torch.testing.assert_close(a, b, rtol=tol, atol=tol)
 
 
+def test_dropout_of_a_row_after_rows_that_see_nothing() -> None:
+    """Multipliers are drawn for several rows at once, by the first that needs them."""
+    q, k, v = make((2, 2, 40, 50, 16), torch.float32)
+    mask, seed, do = torch.zeros(2, 1, 40, 50), torch.tensor([7]), torch.randn(2, 2, 40, 16)
+    mask[:, :, :3] = mask[:, :, 32:34] = mask[1, :, 20] = -math.inf
+    results = []
+    for name in ("cpu", "reference"):
+        with pk.backend(name):
+            o = attention(q, k, v, mask, P, seed=seed)
+            results.append((o, *torch.autograd.grad(o, (q, k, v), do)))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
 def test_masks_in_every_form_agree() -> None:
     q, k, v = make((2, 3, 6, 9, 8), torch.float32)
     seen = torch.rand(2, 1, 1, 9) < 0.7
