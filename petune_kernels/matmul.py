@@ -1,5 +1,8 @@
 r"""`lora_linear` and `packed_linear` by torch's own matmuls (oneDNN, MKL, cuBLAS): their CPU and default CUDA kernels.
 
+A frozen matmul on an x86 CPU is oneDNN's where it is large enough to pay for the call. torch's own linear takes MKL in
+float32, which does without AVX-512 on processors that are not Intel's, and copies the bias into y first in bf16.
+
 Everything around the frozen matmul is arranged so that a result is written at most twice: once by the matmul (with the
 bias where its dtype allows) and once by `lora_adapter`, which adds the low-rank term: on the CPU csrc/cpu/
 lora_adapter.cpp where there is a mask, a cast or float32, else and on CUDA the functions here.
@@ -19,11 +22,41 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import meta
 from .meta import no_autocast
 from .schema import NAMESPACE
 
 _BLOCK = 1 << 20
 """Elements widened to float32 at a time: 4 MiB, about a core's share of the last cache."""
+
+_ONEDNN_FROM = 1 << 23
+"""Multiplications from which oneDNN is called by itself: 64 rows of 384 x 384 gain by it, of 64 x 64 they lose."""
+_ONEDNN = (
+    {torch.float32, *([torch.bfloat16] if torch.ops.mkldnn._is_mkldnn_bf16_supported() else [])}
+    if torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX")
+    else set()
+)
+
+
+def onednn_pays(x: Tensor, w: Tensor) -> bool:
+    """Whether x w^T is oneDNN's: x [.., K] and w [N, K] of one of the dtypes it has here, on a CPU, and large."""
+    if x.dtype not in _ONEDNN or meta.kind(x.device) != "cpu" or not torch.backends.mkldnn.enabled:
+        return False
+    return x.numel() * w.shape[0] >= _ONEDNN_FROM
+
+
+def _linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x w^T + bias; x [T, K], w [N, K], bias [N]."""
+    if onednn_pays(x, w):
+        return torch.ops.mkldnn._linear_pointwise(x, w, bias, "none", [], "")
+    return F.linear(x, w, bias)
+
+
+def _add_linear(y: Tensor, x: Tensor, w: Tensor) -> Tensor:
+    """y += x w^T."""
+    if y.dtype == torch.float32 and onednn_pays(x, w):
+        return y.add_(_linear(x, w))
+    return y.addmm_(x, w.T)
 
 
 def _by_replica(x: Tensor, G: int) -> Tensor:
@@ -97,7 +130,7 @@ def _forward(x, w, bias, a, b, bias_b, seed, p, scale, merged):
             w = torch.addmm(w, _small(b), _small(a), alpha=scale)
         else:
             w = torch.add(w, _small(b) @ _small(a), alpha=scale).to(w.dtype)
-    y = F.linear(x, w, bias if fits else None)
+    y = _linear(x, w, bias if fits else None)
     columns = [(bias, 1.0)] if bias is not None and not fits else []
     columns += [(bias_b, scale)] if bias_b is not None and merged else []
     if columns:
@@ -160,7 +193,7 @@ def _backward(like, dy, x, w, a, b, seed, p, scale, groups, want_dx, want_da, wa
                 dsum[i] = like.new_zeros([groups, w[i].shape[0]], dtype=torch.float32)
             continue
         if want_dx:
-            dx = dy_i @ w[i] if dx is None else dx.addmm_(dy_i, w[i])
+            dx = _linear(dy_i, w[i].T) if dx is None else _add_linear(dx, dy_i, w[i].T)
         if want_dsum[i]:
             dsum[i] = torch.ops.petune.column_sum(dy_i, groups)
         if a[i] is not None and (want_dx or want_da[i] or want_db[i]):
@@ -253,9 +286,9 @@ def packed_linear(x, w, bias):
     with no_autocast(x.device):
         whole = behind_one_another(w)
         if whole is not None:
-            y = F.linear(x, whole, torch.cat(bias) if fits else None)
+            y = _linear(x, whole, torch.cat(bias) if fits else None)
         else:
-            y = torch.cat([F.linear(x, m, c if fits else None) for m, c in zip(w, bias, strict=True)], 1)
+            y = torch.cat([_linear(x, m, c if fits else None) for m, c in zip(w, bias, strict=True)], 1)
         given = [c for c in bias if c is not None]
         if given and not fits:
             G, dtype = max(1 if c.dim() == 1 else c.shape[0] for c in given), given[0].dtype
@@ -272,11 +305,11 @@ def packed_linear_backward(dy, w):
     with no_autocast(dy.device):
         whole = behind_one_another(w)
         if whole is not None:
-            return dy @ whole
+            return _linear(dy, whole.T)
         first, *rest = zip(dy.split([m.shape[0] for m in w], 1), w, strict=True)
-        dx = first[0] @ first[1]
+        dx = _linear(first[0], first[1].T)
         for part, m in rest:
-            dx.addmm_(part, m)
+            _add_linear(dx, part, m.T)
         return dx
 
 

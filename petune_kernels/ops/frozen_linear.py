@@ -7,8 +7,10 @@ bias that may stay float32 beside 16-bit activations.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
+from .. import matmul
 from .packed_linear import packed_linear
 
 
@@ -27,3 +29,8 @@ def frozen_linear(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
         TypeError, ValueError: naming the argument, what was given and what is accepted.
     """
     return packed_linear(x, (w,), (b,), op="frozen_linear")[0]
+
+
+def faster(x: Tensor, w: Tensor) -> bool:
+    """Whether the op's matmul is faster than torch's linear where nothing trains; a compiler chooses for itself."""
+    return x.dtype == torch.float32 and matmul.onednn_pays(x, w) and not torch.compiler.is_compiling()

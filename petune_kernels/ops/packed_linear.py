@@ -85,7 +85,8 @@ def packed_linear(
     if len({c.dtype for c in biases if c is not None}) > 1:
         raise TypeError(f"{op}: the biases have several dtypes; accepted is one, {x.dtype} or float32")
     y = PackedLinear.apply(check.contiguous_rows(x, T, K), len(ws), G, *ws, *biases)
-    return tuple(part.reshape(*x.shape[:-1], -1) for part in y.split([m.shape[0] for m in ws], 1))
+    parts = y.split([m.shape[0] for m in ws], 1) if len(ws) > 1 else (y,)  # even a split into one is a copy in backward
+    return tuple(part.reshape(*x.shape[:-1], -1) for part in parts)
 
 
 def pack(modules: Iterable[nn.Module]) -> bool:

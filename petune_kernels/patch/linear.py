@@ -2,8 +2,8 @@
 projection is.
 
 The bias gradient is a float32 column sum whatever the dtype. A weight that trains needs its x in backward: where x can
-be made again from what is kept anyway (the output of a fused norm or activation), the op keeps no x. With any other
-choice torch's own linear already keeps and computes the least, and runs.
+be made again from what is kept anyway (the output of a fused norm or activation), the op keeps no x. A frozen float32
+layer on a CPU is the op's where its matmul is faster. Else torch's own linear keeps and computes the least.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..ops import _checks as check
 from ..ops import _saving as saving
-from ..ops.frozen_linear import frozen_linear
+from ..ops.frozen_linear import faster, frozen_linear
 from .pattern import Parts, Pattern, foreign_forward, has_hooks, random_rows
 from .trace import Call
 
@@ -72,7 +72,10 @@ def _sample(module: nn.Module, parts: Parts, generator: torch.Generator, call: C
 def run(this: Projection, x: Tensor) -> Tensor:
     """A projection without an adapter."""
     w, bias = this.w, this.bias
-    pays = saving.can_be_made(x) if w.requires_grad else bias is not None and bias.requires_grad
+    if w.requires_grad:
+        pays = saving.can_be_made(x)
+    else:
+        pays = bias is not None and bias.requires_grad or faster(x, w)
     return frozen_linear(x, w, bias) if pays and this.takes(x) else F.linear(x, w, bias)
 
 

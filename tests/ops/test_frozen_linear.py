@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from petune_kernels import matmul
 from petune_kernels.ops.frozen_linear import frozen_linear
+from petune_kernels.ops.lora_linear import lora_linear
 
 
 @pytest.mark.parametrize("G", [1, 3])
@@ -17,7 +19,7 @@ from petune_kernels.ops.frozen_linear import frozen_linear
     ],
     ids=str,
 )
-@pytest.mark.parametrize("T, K, N", [(3, 5, 1), (66, 40, 24)])
+@pytest.mark.parametrize("T, K, N", [(3, 5, 1), (66, 40, 24), (72, 384, 320)])
 def test_against_float64(T, K, N, dtype, bias_dtype, G):
     x = torch.randn(T, K).to(dtype).requires_grad_(True)
     w = torch.randn(N, K).to(dtype).requires_grad_(True)
@@ -47,6 +49,36 @@ def test_bias_gradient_is_accumulated_in_float32():
     y = frozen_linear(torch.zeros(65536, 2, dtype=torch.bfloat16), torch.zeros(3, 2, dtype=torch.bfloat16), b)
     y.backward(torch.full_like(y, 0.01))
     torch.testing.assert_close(b.grad.float(), torch.full((3,), 65536 * 0.01), rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_large_products_are_onednns(dtype):
+    """Three projections that share x, each way; every product is the one call, and dx is their sum."""
+    T, K, N = 144, 384, 256
+    x = torch.randn(T, K, dtype=dtype, requires_grad=True)
+    w, b = ([torch.randn(*shape, dtype=dtype) for _ in range(3)] for shape in ((N, K), (N,)))
+    dy = [torch.randn(T, N, dtype=dtype) for _ in range(3)]
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+        y = lora_linear(x, w, b)
+        torch.autograd.backward(y, dy)
+    calls = {event.key: event.count for event in seen.key_averages()}
+    expected = 6 if dtype == torch.float32 else 4  # bf16 adds up dx by addmm, which rounds the sum once
+    if matmul.onednn_pays(x, w[0]):
+        assert calls.get("mkldnn::_linear_pointwise") == expected
+    close = {"rtol": 2e-2, "atol": 1.0} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 2e-4}
+    for one, m, c in zip(y, w, b, strict=True):
+        torch.testing.assert_close(one.double(), x.detach().double() @ m.double().T + c.double(), **close)
+    want = sum(d.double() @ m.double() for d, m in zip(dy, w, strict=True))
+    torch.testing.assert_close(x.grad.double(), want, **close)
+
+
+def test_one_projection_is_not_split_off():
+    """The backward of a split copies the gradient, also where there is nothing to put together."""
+    node, names = frozen_linear(torch.randn(2, 3, 4, requires_grad=True), torch.randn(5, 4)).grad_fn, []
+    while node is not None:
+        names.append(node.name())
+        node = next((before for before, _ in node.next_functions if before is not None), None)
+    assert "PackedLinearBackward" in names and not any("Split" in name for name in names)
 
 
 def test_saves_nothing_but_parameters():
