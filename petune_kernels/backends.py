@@ -113,6 +113,11 @@ def backend(name: str) -> Iterator[None]:
         _forced = before
 
 
+_COMPOSED = {(device, kernel.__name__): kernel for device, kernels in matmul.KERNELS.items() for kernel in kernels}
+"""(device, op) -> the Python function that is its kernel there."""
+_modes = torch._C._len_torch_dispatch_stack
+
+
 def pick(op: str, x: torch.Tensor) -> Callable[..., Any]:
     """The implementation of `op` for tensors like x, under the current `backend` choice."""
     device = x.device.type
@@ -128,14 +133,16 @@ def pick(op: str, x: torch.Tensor) -> Callable[..., Any]:
         raise BackendError(f"backend {_forced!r} has no kernel for {op} on {device} in {x.dtype}")
     if device in COMPILED_DTYPES and not served:
         return getattr(reference, op)  # float64: compiled kernels accumulate in float32
+    own = _COMPOSED.get((device, op))
+    if own is not None and type(x) is torch.Tensor and not (torch.compiler.is_compiling() or _modes()):
+        return own  # without a way through the dispatcher and back into Python
     return getattr(getattr(torch.ops, schema.NAMESPACE), op)
 
 
 def composed(op: str, device: str) -> Callable[..., Any] | None:
     """The Python function that runs `op` there by torch's own ops, or None where a compiled kernel runs it."""
-    own = next((kernel for kernel in matmul.KERNELS[device] if kernel.__name__ == op), None)
-    if own is not None:
-        return own
+    if (device, op) in _COMPOSED:
+        return _COMPOSED[device, op]
     return getattr(reference, op) if device == "cpu" and not _has_kernel(op, device) else None
 
 

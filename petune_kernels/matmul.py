@@ -181,13 +181,12 @@ def lora_linear_backward(dy, x, w, a, b, seed, p, scale, groups, want_dx, want_d
 
 def _backward(like, dy, x, w, a, b, seed, p, scale, groups, want_dx, want_da, want_db, want_dsum):
     n, dx = len(w), None
-    da, db, dsum = ([like.new_empty([0]) for _ in range(n)] for _ in range(3))
+    da, db, dsum = ([None] * n for _ in range(3))
     for i in range(n):
         dy_i = dy[i]
         if dy_i is None:  # this output was not used
             da[i], db[i] = (
-                torch.zeros_like(m) if want else d
-                for m, want, d in ((a[i], want_da[i], da[i]), (b[i], want_db[i], db[i]))
+                torch.zeros_like(m) if want else None for m, want in ((a[i], want_da[i]), (b[i], want_db[i]))
             )
             if want_dsum[i]:
                 dsum[i] = like.new_zeros([groups, w[i].shape[0]], dtype=torch.float32)
@@ -201,6 +200,7 @@ def _backward(like, dy, x, w, a, b, seed, p, scale, groups, want_dx, want_da, wa
             da[i], db[i] = back(
                 dx, dy_i, x, a[i].contiguous(), b[i].contiguous(), seed[i], p[i], scale[i], want_da[i], want_db[i]
             )
+    da, db, dsum = ([like.new_empty([0]) if g is None else g for g in grads] for grads in (da, db, dsum))
     return (dx if want_dx else like.new_empty([0])), da, db, dsum
 
 
@@ -271,6 +271,8 @@ def _accumulate(out: Tensor, u: Tensor, v: Tensor, scale: float = 1.0) -> None:
 def behind_one_another(parts: list[Tensor]) -> Tensor | None:
     """The one matrix whose consecutive row blocks the matrices `parts` are in memory, or None."""
     first = parts[0]
+    if len(parts) == 1:
+        return first if first.is_contiguous() else None
     offset = first.storage_offset()
     for t in parts:
         if not t.is_contiguous() or (t.dtype, t.device, t.shape[1]) != (first.dtype, first.device, first.shape[1]):
@@ -286,7 +288,7 @@ def packed_linear(x, w, bias):
     with no_autocast(x.device):
         whole = behind_one_another(w)
         if whole is not None:
-            y = _linear(x, whole, torch.cat(bias) if fits else None)
+            y = _linear(x, whole, None if not fits else bias[0] if len(bias) == 1 else torch.cat(bias))
         else:
             y = torch.cat([_linear(x, m, c if fits else None) for m, c in zip(w, bias, strict=True)], 1)
         given = [c for c in bias if c is not None]

@@ -17,11 +17,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
+_NOTHING = contextlib.nullcontext()
+
 
 def no_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Autocast off on that device; nothing where it has none, as on the meta device."""
-    available = torch.amp.is_autocast_available(device.type)
-    return torch.autocast(device.type, enabled=False) if available else contextlib.nullcontext()
+    on = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if on else _NOTHING
 
 
 _kind = "cpu"

@@ -77,10 +77,9 @@ def small(op: str, T: int, H: int, **params: torch.Tensor | None) -> int:
 
 def per_replica(G: int, *params: torch.Tensor | None) -> list[torch.Tensor | None]:
     """A trained parameter [H] beside others [G, H] as [G, H], as kernels give gradients; frozen ones stay."""
-    return [
-        t.expand(G, -1).contiguous() if t is not None and G > 1 and t.dim() == 1 and t.requires_grad else t
-        for t in params
-    ]
+    if G == 1:
+        return list(params)
+    return [t.expand(G, -1).contiguous() if t is not None and t.dim() == 1 and t.requires_grad else t for t in params]
 
 
 def seeds(op: str, seed: torch.Tensor | None, T: int, G: int, device: torch.device) -> None:
@@ -94,12 +93,24 @@ def seeds(op: str, seed: torch.Tensor | None, T: int, G: int, device: torch.devi
         raise ValueError(f"{op}: seed is on {seed.device}, x is on {device}; they must share one device")
 
 
-def contiguous_rows(x: torch.Tensor, T: int, H: int) -> torch.Tensor:
-    return x.reshape(T, H).contiguous()
+def dense(x: torch.Tensor) -> torch.Tensor:
+    return x if x.is_contiguous() else x.contiguous()
+
+
+def as_rows(x: torch.Tensor) -> torch.Tensor:
+    """A dense [..., H] as [T, H]: what kernels take. Inside a Function, where a view costs no node of the graph."""
+    return x if x.dim() == 2 else x.view(-1, x.shape[-1])
+
+
+def in_shape(rows: torch.Tensor, lead: torch.Size) -> torch.Tensor:
+    """Fresh [T, N] as [*lead, N], and not as a view of it: a Function's views may not be changed in place."""
+    return rows if len(lead) == 1 else torch.ops.aten._unsafe_view.default(rows, (*lead, rows.shape[-1]))
 
 
 def one_dtype(x: torch.Tensor, *params: torch.Tensor | None) -> list[torch.Tensor | None]:
     """Small parameters contiguous and in one dtype that a kernel takes, x's or float32; autograd sees the casts."""
+    if all(t is None or (t.dtype == x.dtype and t.is_contiguous()) for t in params):
+        return list(params)
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     dtypes = {t.dtype for t in params if t is not None}
     dtype = dtypes.pop() if len(dtypes) == 1 else wide

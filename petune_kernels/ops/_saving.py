@@ -101,7 +101,7 @@ def _together(*values: Any) -> tuple[Any, ...]:
 
 
 def describe(t: Tensor, recipe: Recipe) -> None:
-    """Says how t, just made, can be made again. Forgotten as soon as t is changed in place."""
+    """Says how t, just made, can be made again, as rows. Forgotten as soon as t is changed in place."""
     if not torch.compiler.is_compiling():
         _owner(t).__dict__[_RECIPE] = (recipe, t._version)
 
@@ -114,14 +114,14 @@ def small(t: Tensor | None) -> Tensor | None:
 
 
 def known(t: Tensor) -> Item:
-    """The recipe of t, also where t is a view of what was described; t itself if it has none."""
+    """The recipe of t, in its shape, also where t is a view of what was described; t itself if it has none."""
     if torch.compiler.is_compiling():
         return t
     owner = _owner(t)
     recipe, version = owner.__dict__.get(_RECIPE, (None, 0))
     if recipe is None or version != owner._version:
         return t
-    if owner is t:
+    if owner is t and t.dim() == 2:
         return recipe
     size, stride, offset = t.size(), t.stride(), t.storage_offset()
     return Recipe(lambda made: made.as_strided(size, stride, offset), recipe)

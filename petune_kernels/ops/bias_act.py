@@ -50,7 +50,7 @@ class BiasAct(torch.autograd.Function):
         kept_u, kept_gate = place.slots(2) if place else (u, gate)
         saving.save(ctx, kept_u, bias, kept_gate)
         ctx.act = act
-        h = pick("bias_act", u)(u, bias, gate, act)
+        h = check.in_shape(_again(act, u, bias, gate), u.shape[:-1])
         saving.describe(h, saving.Recipe(partial(_again, act), kept_u, saving.small(bias), kept_gate))
         return h
 
@@ -58,9 +58,16 @@ class BiasAct(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dh: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         u, bias, gate = saving.load(ctx)
-        wants = ctx.needs_input_grad[:3]
-        grads = pick("bias_act_backward", u)(dh.contiguous(), u, bias, gate, ctx.act, *wants)
-        return (*(grad if want else None for grad, want in zip(grads, wants, strict=True)), None, None)
+        wants, lead = ctx.needs_input_grad[:3], dh.shape[:-1]
+        dh, u, gate = check.as_rows(check.dense(dh)), check.as_rows(u), None if gate is None else check.as_rows(gate)
+        du, dbias, dgate = pick("bias_act_backward", u)(dh, u, bias, gate, ctx.act, *wants)
+        return (
+            check.in_shape(du, lead) if wants[0] else None,
+            dbias if wants[1] else None,
+            check.in_shape(dgate, lead) if wants[2] else None,
+            None,
+            None,
+        )
 
 
 class BiasActCoded(torch.autograd.Function):
@@ -68,22 +75,24 @@ class BiasActCoded(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, u: Tensor, bias: Tensor | None, act: int) -> Tensor:
-        h, code = pick("bias_act_coded", u)(u, bias, act)
+        h, code = pick("bias_act_coded", u)(check.as_rows(u), bias, act)
         ctx.save_for_backward(code, bias)
         ctx.act = act
-        return h
+        return check.in_shape(h, u.shape[:-1])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dh: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         code, bias = ctx.saved_tensors
-        wants = ctx.needs_input_grad[:2]
-        grads = pick("bias_act_coded_backward", dh)(dh.contiguous(), code, bias, ctx.act, *wants)
-        return (*(grad if want else None for grad, want in zip(grads, wants, strict=True)), None)
+        wants, lead = ctx.needs_input_grad[:2], dh.shape[:-1]
+        dh = check.as_rows(check.dense(dh))
+        du, dbias = pick("bias_act_coded_backward", dh)(dh, code, bias, ctx.act, *wants)
+        return check.in_shape(du, lead) if wants[0] else None, dbias if wants[1] else None, None
 
 
 def _again(act: int, u: Tensor, bias: Tensor | None, gate: Tensor | None) -> Tensor:
-    return pick("bias_act", u)(u, bias, gate, act)
+    """h as rows."""
+    return pick("bias_act", u)(check.as_rows(u), bias, None if gate is None else check.as_rows(gate), act)
 
 
 def bias_act(
@@ -118,15 +127,13 @@ def bias_act(
         dtype = torch.promote_types(u.dtype, gate.dtype)
         u, gate = u.to(dtype), gate.to(dtype)
     (bias,) = check.one_dtype(u, bias)
-    shape, index = u.shape, ACTIVATIONS.index(act)
-    u = check.contiguous_rows(u, T, N)
-    if gate is not None:
-        gate = check.contiguous_rows(gate, T, N)
+    index = ACTIVATIONS.index(act)
+    u, gate = check.dense(u), None if gate is None else check.dense(gate)
     place = saving.place()
     if place:
         place.leave(u, gate)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (u, bias, gate)):
         if coded and gate is None and place is None and u.dtype in (torch.bfloat16, torch.float16):
-            return BiasActCoded.apply(u, bias, index).reshape(shape)
-        return BiasAct.apply(u, bias, gate, index, place).reshape(shape)
-    return pick(op, u)(u, bias, gate, index).reshape(shape)
+            return BiasActCoded.apply(u, bias, index)
+        return BiasAct.apply(u, bias, gate, index, place)
+    return check.in_shape(_again(index, u, bias, gate), u.shape[:-1])

@@ -51,7 +51,7 @@ def column_sum(x: Tensor, groups: int = 1) -> Tensor:
         raise ValueError(f"{op}: groups is {groups!r}; accepted is an integer of at least 1")
     if T % groups:
         raise ValueError(f"{op}: groups is {groups}, which does not divide the {T} rows of x")
-    x = check.contiguous_rows(x, T, N)
+    x = check.as_rows(check.dense(x))
     if torch.is_grad_enabled() and x.requires_grad:
         return ColumnSum.apply(x, groups)
     return pick(op, x)(x, groups)

@@ -54,14 +54,14 @@ class LoraLinear(torch.autograd.Function):
         n = len(p)
         w, bias, a, b, bias_b, seed = (list(tensors[i * n : (i + 1) * n]) for i in range(6))
         y = pick("lora_linear", x)(
-            x, [m.to(x.dtype) for m in w], bias, a, b, bias_b, seed, list(p), list(scale), merged
+            check.as_rows(x), [m.to(x.dtype) for m in w], bias, a, b, bias_b, seed, list(p), list(scale), merged
         )
         need = ctx.needs_input_grad[5:]
         need_x = any(need[:n]) or any(need[2 * n : 4 * n])  # W, A, B
         saving.save(ctx, saving.known(x) if need_x else None, *w, *bias, *a, *b, *bias_b, *seed)
         ctx.p, ctx.scale, ctx.groups = p, scale, groups
         ctx.set_materialize_grads(False)
-        return tuple(y)
+        return tuple(check.in_shape(one, x.shape[:-1]) for one in y)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -75,7 +75,8 @@ class LoraLinear(torch.autograd.Function):
         need = ctx.needs_input_grad[5:]
         want_w, want_bias, want_a, want_b, want_bias_b = (list(need[i * n : (i + 1) * n]) for i in range(5))
         want_dsum = [i or j for i, j in zip(want_bias, want_bias_b, strict=True)]
-        rows = [None if d is None else d.contiguous() for d in dy]
+        rows = [None if d is None else check.as_rows(check.dense(d)) for d in dy]
+        x = None if x is None else check.as_rows(x)
         dx, da, db, dsum = pick("lora_linear_backward", like)(
             rows, x, [m.to(like.dtype) for m in w], a, b, seed, list(ctx.p), list(ctx.scale), ctx.groups,
             ctx.needs_input_grad[0], want_a, want_b, want_dsum,
@@ -83,14 +84,14 @@ class LoraLinear(torch.autograd.Function):
         dw, dbias, dbias_b = ([None] * n for _ in range(3))  # type: tuple[list[Any], list[Any], list[Any]]
         for i in range(n):
             if want_w[i] and rows[i] is not None:
-                dw[i] = (rows[i].T @ x).to(w[i].dtype)  # type: ignore[union-attr]
+                dw[i] = (rows[i].T @ x).to(w[i].dtype)  # type: ignore
             if want_bias[i]:
                 dbias[i] = bias_gradient(dsum[i], bias[i])
             if want_bias_b[i]:
                 dbias_b[i] = bias_gradient(dsum[i] * ctx.scale[i], bias_b[i])
         da = [g if wanted else None for g, wanted in zip(da, want_a, strict=True)]
         db = [g if wanted else None for g, wanted in zip(db, want_b, strict=True)]
-        return (dx if ctx.needs_input_grad[0] else None, *(None,) * 4,
+        return (check.in_shape(dx, like.shape[:-1]) if ctx.needs_input_grad[0] else None, *(None,) * 4,
                 *dw, *dbias, *da, *db, *dbias_b, *(None,) * n)  # fmt: skip
 
 
@@ -263,9 +264,7 @@ def lora_linear(
             seeds[i] = new_seed(x.device, G)
     ps = [float(q) if s is not None else 0.0 for q, s in zip(ps, seeds, strict=True)]
     merged = choose_path(path, x, T, G, ps)
-    rows = check.contiguous_rows(x, T, K)
     y = LoraLinear.apply(
-        rows, tuple(ps), tuple(float(s) for s in scales), G, merged, *ws, *biases, *as_, *bs, *bias_bs, *seeds
+        check.dense(x), tuple(ps), tuple(float(s) for s in scales), G, merged, *ws, *biases, *as_, *bs, *bias_bs, *seeds
     )
-    shaped = tuple(t.reshape(*x.shape[:-1], t.shape[-1]) for t in y)
-    return shaped[0] if single else shaped
+    return y[0] if single else y

@@ -28,14 +28,15 @@ from .lora_linear import as_list, bias_gradient, projections
 
 
 class PackedLinear(torch.autograd.Function):
-    """apply(x, n, groups, *w, *bias) -> [T, sum of N]."""
+    """apply(x, n, groups, *w, *bias) -> [..., sum of N]."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, n: int, groups: int, *tensors: Any) -> Any:
         w, bias = list(tensors[:n]), list(tensors[n:])
         saving.save(ctx, saving.known(x) if any(ctx.needs_input_grad[3 : 3 + n]) else None, *w, *bias)
         ctx.n, ctx.groups = n, groups
-        return pick("packed_linear", x)(x, [m.to(x.dtype) for m in w], bias)
+        y = pick("packed_linear", x)(check.as_rows(x), [m.to(x.dtype) for m in w], bias)
+        return check.in_shape(y, x.shape[:-1])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -44,14 +45,16 @@ class PackedLinear(torch.autograd.Function):
         x, *saved = saving.load(ctx)
         w, bias = saved[:n], saved[n:]
         want_w, want_bias = ctx.needs_input_grad[3 : 3 + n], ctx.needs_input_grad[3 + n :]
-        dy, widths = dy.contiguous(), [m.shape[0] for m in w]
+        lead, dy, widths = dy.shape[:-1], check.as_rows(check.dense(dy)), [m.shape[0] for m in w]
         dw, dbias = [None] * n, [None] * n  # type: tuple[list[Any], list[Any]]
-        dx = pick("packed_linear_backward", dy)(dy, [m.to(dy.dtype) for m in w]) if ctx.needs_input_grad[0] else None
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = check.in_shape(pick("packed_linear_backward", dy)(dy, [m.to(dy.dtype) for m in w]), lead)
         if any(want_bias):
             sums = pick("column_sum", dy)(dy, ctx.groups).split(widths, 1)
             dbias = [bias_gradient(s, c) if yes else None for s, c, yes in zip(sums, bias, want_bias, strict=True)]
         if any(want_w):
-            parts = dy.split(widths, 1)
+            x, parts = check.as_rows(x), dy.split(widths, 1)
             dw = [(d.T @ x).to(m.dtype) if yes else None for d, m, yes in zip(parts, w, want_w, strict=True)]
         return (dx, None, None, *dw, *dbias)
 
@@ -84,9 +87,9 @@ def packed_linear(
     T, K, G = projections(op, x, ws, biases, autocast=dtype is not None)
     if len({c.dtype for c in biases if c is not None}) > 1:
         raise TypeError(f"{op}: the biases have several dtypes; accepted is one, {x.dtype} or float32")
-    y = PackedLinear.apply(check.contiguous_rows(x, T, K), len(ws), G, *ws, *biases)
-    parts = y.split([m.shape[0] for m in ws], 1) if len(ws) > 1 else (y,)  # even a split into one is a copy in backward
-    return tuple(part.reshape(*x.shape[:-1], -1) for part in parts)
+    y = PackedLinear.apply(check.dense(x), len(ws), G, *ws, *biases)
+    # even a split into one is a copy in backward
+    return y.split([m.shape[0] for m in ws], -1) if len(ws) > 1 else (y,)
 
 
 def pack(modules: Iterable[nn.Module]) -> bool:

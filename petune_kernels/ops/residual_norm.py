@@ -55,6 +55,7 @@ class ResidualNorm(torch.autograd.Function):
         want_z: bool,
         place: saving.Place | None,
     ) -> tuple[Tensor, Tensor]:
+        lead, x, residual = x.shape[:-1], check.as_rows(x), None if residual is None else check.as_rows(residual)
         keep_z = want_z or is_z(bias, residual, seed)
         y, z, xhat, rstd = pick("residual_norm", x)(
             x, bias, residual, gamma, beta, seed, p, eps, rms, want_z, not keep_z
@@ -63,6 +64,7 @@ class ResidualNorm(torch.autograd.Function):
         if place:
             row, rstd = place.slots(2)
         saving.save(ctx, row, rstd, bias, gamma, beta, seed)
+        y, z = check.in_shape(y, lead), check.in_shape(z, lead) if want_z else z
         again = partial(_normed_again, eps, rms) if keep_z else _affine
         saving.describe(y, saving.Recipe(again, row, saving.small(gamma), saving.small(beta)))
         ctx.p, ctx.rms, ctx.want_z, ctx.row_is_z = p, rms, want_z, keep_z
@@ -78,15 +80,18 @@ class ResidualNorm(torch.autograd.Function):
             if dz is None or not ctx.want_z:
                 return (None,) * 11
             dy = torch.zeros_like(dz)
+        lead, dy = dy.shape[:-1], check.as_rows(check.dense(dy))
+        dz = check.as_rows(check.dense(dz)) if dz is not None and ctx.want_z else None
         # without dropout dx is dresidual: one tensor, written once
         want_dx = want_x and seed is not None
         dresidual, dx, dbias, dgamma, dbeta = pick("residual_norm_backward", dy)(
-            dy.contiguous(), dz.contiguous() if dz is not None and ctx.want_z else None, row, rstd, bias, gamma, beta,
+            dy, dz, row, rstd, bias, gamma, beta,
             seed, ctx.p, ctx.rms, ctx.row_is_z, want_residual or (want_x and not want_dx), want_dx, want_bias,
             want_gamma, want_beta,
         )  # fmt: skip
+        dresidual = check.in_shape(dresidual, lead) if want_residual or (want_x and not want_dx) else None
         return (
-            (dx if want_dx else dresidual) if want_x else None,
+            (check.in_shape(dx, lead) if want_dx else dresidual) if want_x else None,
             dbias if want_bias else None,
             dresidual if want_residual else None,
             dgamma if want_gamma else None,
@@ -168,19 +173,18 @@ def residual_norm(
         seed = None
     elif seed is None:
         seed = new_seed(x.device)
-    shape = x.shape
-    x = check.contiguous_rows(x, T, H)
-    if residual is not None:
-        residual = check.contiguous_rows(residual, T, H)
+    x, residual = check.dense(x), None if residual is None else check.dense(residual)
     tracked = (x, bias, residual, gamma, beta)
     place = saving.place()
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tracked):
         y, z = ResidualNorm.apply(x, bias, residual, gamma, beta, seed, p, eps, rms, return_z, place)
     else:
-        keep_z = return_z or is_z(bias, residual, seed)
+        lead, keep_z = x.shape[:-1], return_z or is_z(bias, residual, seed)
+        x, residual = check.as_rows(x), None if residual is None else check.as_rows(residual)
         y, z, xhat, rstd = pick(op, x)(
             x, bias, residual, gamma, beta, seed, p, eps, rms, return_z, place is not None and not keep_z
         )
         if place:
             place.leave(xhat if not keep_z else z if return_z else x, rstd)
-    return (y.reshape(shape), z.reshape(shape)) if return_z else y.reshape(shape)
+        y, z = check.in_shape(y, lead), check.in_shape(z, lead) if return_z else z
+    return (y, z) if return_z else y
