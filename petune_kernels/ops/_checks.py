@@ -6,7 +6,11 @@ PyTorch reads it (docs/decisions.md, "Overlapping inputs are read, not refused")
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
+
+_Given = TypeVar("_Given", torch.Tensor, torch.Tensor | None)
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -93,13 +97,13 @@ def seeds(op: str, seed: torch.Tensor | None, T: int, G: int, device: torch.devi
         raise ValueError(f"{op}: seed is on {seed.device}, x is on {device}; they must share one device")
 
 
-def dense(x: torch.Tensor) -> torch.Tensor:
-    return x if x.is_contiguous() else x.contiguous()
+def dense(x: _Given) -> _Given:
+    return x if x is None or x.is_contiguous() else x.contiguous()
 
 
-def as_rows(x: torch.Tensor) -> torch.Tensor:
+def as_rows(x: _Given) -> _Given:
     """A dense [..., H] as [T, H]: what kernels take. Inside a Function, where a view costs no node of the graph."""
-    return x if x.dim() == 2 else x.view(-1, x.shape[-1])
+    return x if x is None or x.dim() == 2 else x.view(-1, x.shape[-1])
 
 
 def in_shape(rows: torch.Tensor, lead: torch.Size) -> torch.Tensor:

@@ -59,7 +59,7 @@ class BiasAct(torch.autograd.Function):
     def backward(ctx: Any, dh: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         u, bias, gate = saving.load(ctx)
         wants, lead = ctx.needs_input_grad[:3], dh.shape[:-1]
-        dh, u, gate = check.as_rows(check.dense(dh)), check.as_rows(u), None if gate is None else check.as_rows(gate)
+        dh, u, gate = check.as_rows(check.dense(dh)), check.as_rows(u), check.as_rows(gate)
         du, dbias, dgate = pick("bias_act_backward", u)(dh, u, bias, gate, ctx.act, *wants)
         return (
             check.in_shape(du, lead) if wants[0] else None,
@@ -92,7 +92,7 @@ class BiasActCoded(torch.autograd.Function):
 
 def _again(act: int, u: Tensor, bias: Tensor | None, gate: Tensor | None) -> Tensor:
     """h as rows."""
-    return pick("bias_act", u)(check.as_rows(u), bias, None if gate is None else check.as_rows(gate), act)
+    return pick("bias_act", u)(check.as_rows(u), bias, check.as_rows(gate), act)
 
 
 def bias_act(
@@ -128,7 +128,7 @@ def bias_act(
         u, gate = u.to(dtype), gate.to(dtype)
     (bias,) = check.one_dtype(u, bias)
     index = ACTIVATIONS.index(act)
-    u, gate = check.dense(u), None if gate is None else check.dense(gate)
+    u, gate = check.dense(u), check.dense(gate)
     place = saving.place()
     if place:
         place.leave(u, gate)

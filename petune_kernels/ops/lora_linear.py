@@ -75,8 +75,8 @@ class LoraLinear(torch.autograd.Function):
         need = ctx.needs_input_grad[5:]
         want_w, want_bias, want_a, want_b, want_bias_b = (list(need[i * n : (i + 1) * n]) for i in range(5))
         want_dsum = [i or j for i, j in zip(want_bias, want_bias_b, strict=True)]
-        rows = [None if d is None else check.as_rows(check.dense(d)) for d in dy]
-        x = None if x is None else check.as_rows(x)
+        rows = [check.as_rows(check.dense(d)) for d in dy]
+        x = check.as_rows(x)
         dx, da, db, dsum = pick("lora_linear_backward", like)(
             rows, x, [m.to(like.dtype) for m in w], a, b, seed, list(ctx.p), list(ctx.scale), ctx.groups,
             ctx.needs_input_grad[0], want_a, want_b, want_dsum,

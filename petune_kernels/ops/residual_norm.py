@@ -55,7 +55,7 @@ class ResidualNorm(torch.autograd.Function):
         want_z: bool,
         place: saving.Place | None,
     ) -> tuple[Tensor, Tensor]:
-        lead, x, residual = x.shape[:-1], check.as_rows(x), None if residual is None else check.as_rows(residual)
+        lead, x, residual = x.shape[:-1], check.as_rows(x), check.as_rows(residual)
         keep_z = want_z or is_z(bias, residual, seed)
         y, z, xhat, rstd = pick("residual_norm", x)(
             x, bias, residual, gamma, beta, seed, p, eps, rms, want_z, not keep_z
@@ -81,7 +81,7 @@ class ResidualNorm(torch.autograd.Function):
                 return (None,) * 11
             dy = torch.zeros_like(dz)
         lead, dy = dy.shape[:-1], check.as_rows(check.dense(dy))
-        dz = check.as_rows(check.dense(dz)) if dz is not None and ctx.want_z else None
+        dz = check.as_rows(check.dense(dz)) if ctx.want_z else None
         # without dropout dx is dresidual: one tensor, written once
         want_dx = want_x and seed is not None
         dresidual, dx, dbias, dgamma, dbeta = pick("residual_norm_backward", dy)(
@@ -173,14 +173,14 @@ def residual_norm(
         seed = None
     elif seed is None:
         seed = new_seed(x.device)
-    x, residual = check.dense(x), None if residual is None else check.dense(residual)
+    x, residual = check.dense(x), check.dense(residual)
     tracked = (x, bias, residual, gamma, beta)
     place = saving.place()
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tracked):
         y, z = ResidualNorm.apply(x, bias, residual, gamma, beta, seed, p, eps, rms, return_z, place)
     else:
         lead, keep_z = x.shape[:-1], return_z or is_z(bias, residual, seed)
-        x, residual = check.as_rows(x), None if residual is None else check.as_rows(residual)
+        x, residual = check.as_rows(x), check.as_rows(residual)
         y, z, xhat, rstd = pick(op, x)(
             x, bias, residual, gamma, beta, seed, p, eps, rms, return_z, place is not None and not keep_z
         )
