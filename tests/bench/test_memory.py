@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 
 from bench import harness, memory, models, readme
@@ -112,3 +113,29 @@ def test_bad_input_is_one_line_and_exit_2(tmp_path: Path, capsys) -> None:
     assert "--compile is 'lora'" in capsys.readouterr().err
     assert main("memory", "--shape", "tinyllama", "--regime", "bitfit", "--out", str(tmp_path)) == 2
     assert "--regime is 'bitfit'" in capsys.readouterr().err
+
+
+def test_every_budget_compiles_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two models of one class, each with its budget: dynamo must not run the first one's code for the second."""
+    import torch._functorch.config as config
+    from torch._inductor import compile_fx
+
+    class Square(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * x
+
+    seen: list[float] = []
+
+    def note(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> object:
+        seen.append(config.activation_memory_budget)
+        return graph.forward
+
+    monkeypatch.setattr(compile_fx, "compile_fx", note)
+    torch.compiler.reset()
+    x = torch.randn(2, 3, requires_grad=True)
+    for share in (0.8, 0.2):
+        model = Square()
+        model.compile(backend=memory.Budget(share))
+        model(x)
+    torch.compiler.reset()
+    assert seen == [0.8, 0.2]
