@@ -95,6 +95,7 @@ def main() -> None:
         raise AssertionError("a sharded model cannot be verified, so it must be refused")
     two_steps(model, part)
     check("fsdp2 bert full refused after", model, own)
+    dist.barrier()  # neither leaves while the other still works
     dist.destroy_process_group()
 
 
