@@ -52,11 +52,12 @@ def _linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, w, bias)
 
 
-def _add_linear(y: Tensor, x: Tensor, w: Tensor) -> Tensor:
+def _add_linear(y: Tensor, x: Tensor, w: Tensor) -> None:
     """y += x w^T."""
     if y.dtype == torch.float32 and onednn_pays(x, w):
-        return y.add_(_linear(x, w))
-    return y.addmm_(x, w.T)
+        y.add_(_linear(x, w))
+    else:
+        _accumulate(y, x, w.T)
 
 
 def _by_replica(x: Tensor, G: int) -> Tensor:
@@ -191,8 +192,10 @@ def _backward(like, dy, x, w, a, b, seed, p, scale, groups, want_dx, want_da, wa
             if want_dsum[i]:
                 dsum[i] = like.new_zeros([groups, w[i].shape[0]], dtype=torch.float32)
             continue
-        if want_dx:
-            dx = _linear(dy_i, w[i].T) if dx is None else _add_linear(dx, dy_i, w[i].T)
+        if want_dx and dx is None:
+            dx = _linear(dy_i, w[i].T)
+        elif want_dx:
+            _add_linear(dx, dy_i, w[i].T)
         if want_dsum[i]:
             dsum[i] = torch.ops.petune.column_sum(dy_i, groups)
         if a[i] is not None and (want_dx or want_da[i] or want_db[i]):
