@@ -63,22 +63,14 @@ void operand_columns(const X* from, int64_t stride, int64_t n, int64_t D, float*
     widen_transposed(from, stride, n, D, to, to_row);
 }
 
-#if PETUNE_PAIRS
-PETUNE_INLINE u16v round_to_bf16(f32v v) {
-  u16v bits;
-  asm("vcvtneps2bf16 %1, %0" : "=v"(bits) : "v"(v));
-  return bits;
-}
-
-PETUNE_INLINE f32v pair(u16v first, u16v second) {
-  return (f32v)(__builtin_convertvector(first, u32v) | (__builtin_convertvector(second, u32v) << 16));
-}
+#if PETUNE_BF16
+PETUNE_INLINE f32v pair(u16v first, u16v second) { return (f32v)(widened(first) | widened(second) << 16); }
 #endif
 
 // Depth along the rows: [depth(n), D]. A missing partner of the last row is zero.
 template <bool pairs, class X>
 void operand_depth(const X* from, int64_t stride, int64_t n, int64_t D, float* to, int64_t to_row) {
-#if PETUNE_PAIRS
+#if PETUNE_BF16
   if constexpr (pairs) {
     for (int64_t t = 0; t < n; t += 2, to += to_row)
       for_vectors(D, [&](int64_t i, auto lanes) {
@@ -100,7 +92,7 @@ constexpr int64_t depth(int64_t n) {
 // A row of fp32 weights as an operand with depth along it.
 template <bool pairs>
 void weights_along(const float* from, int64_t n, float* to) {
-#if PETUNE_PAIRS
+#if PETUNE_BF16
   if constexpr (pairs)
     for (int64_t i = 0; i < n; i += kLanes) {
       const u16v bits = round_to_bf16(load(from + i));
@@ -112,7 +104,7 @@ void weights_along(const float* from, int64_t n, float* to) {
 // Rows of fp32 weights as an operand with depth along the rows, in place: pair d stands in row 2 d.
 template <bool pairs>
 void weights_across(float* rows, int64_t row, int64_t count, int64_t n) {
-#if PETUNE_PAIRS
+#if PETUNE_BF16
   if constexpr (pairs)
     for (int64_t r = 0; r < count; r += 2)
       for (int64_t i = 0; i < n; i += kLanes) {
@@ -209,10 +201,11 @@ struct Head {
 };
 
 // Exponentials of a row against its maximum; zero from the last vector it looks at to `width`.
+template <class X>
 PETUNE_INLINE float exponentials(float* s, int64_t visible, int64_t width, float top) {
   f32v total = {};
   for_vectors(visible, [&](int64_t i, auto) {
-    const f32v e = exp_nonpositive(load(s + i) - top);
+    const f32v below = load(s + i) - top, e = sizeof(X) == 2 ? exp2_short(below * 1.44269504f) : exp_nonpositive(below);
     total += e;
     store(s + i, e);
   });
@@ -254,7 +247,7 @@ void attention_pieces(const Attention& a, int64_t first, int64_t last) {
           inverse[r] = 0.0f;
           continue;
         }
-        const float total = exponentials(weights, head.visible(row + r), columns, top);
+        const float total = exponentials<X>(weights, head.visible(row + r), columns, top);
         inverse[r] = 1.0f / total;
         if (const float* keep = head.keep(row + r))
           for_vectors(head.visible(row + r), [&](int64_t i, auto n) {
@@ -328,7 +321,7 @@ void attention_backward_heads(const AttentionBackward& args, int64_t first, int6
           continue;
         }
         const int64_t n = head.visible(row + r);
-        const float inverse = 1.0f / exponentials(weights, n, columns, top);
+        const float inverse = 1.0f / exponentials<X>(weights, n, columns, top);
         const float* keep = head.keep(row + r);
         f32v product = {};
         if (want_scores)
@@ -364,9 +357,8 @@ void attention_backward_heads(const AttentionBackward& args, int64_t first, int6
 
 // Pairs need an even D and even row strides (rows are read 32 bits at a time) and the instructions.
 inline bool takes_pairs(const Attention& a, std::initializer_list<Strides> strides) {
-#if PETUNE_PAIRS
-  static const bool have = __builtin_cpu_supports("avx512bf16");
-  return have && a.dtype == DType::bf16 && a.D % 2 == 0 &&
+#if PETUNE_BF16
+  return kHasBf16 && a.dtype == DType::bf16 && a.D % 2 == 0 &&
          std::all_of(strides.begin(), strides.end(), [](const Strides& s) { return s.s % 2 == 0; });
 #else
   return false;
@@ -377,7 +369,7 @@ inline void attention_forward(const Attention& a) {
   const int64_t pieces = a.B * a.h * ((a.S + kPieceRows - 1) / kPieceRows);
   const bool pairs = takes_pairs(a, {a.q_strides, a.k_strides, a.v_strides});
   parallel(pieces, 1, [&](int64_t begin, int64_t end) {
-    pairs                   ? attention_pieces<bf16, PETUNE_PAIRS>(a, begin, end)
+    pairs                   ? attention_pieces<bf16, PETUNE_BF16>(a, begin, end)
     : a.dtype == DType::f32 ? attention_pieces<float, false>(a, begin, end)
                             : attention_pieces<bf16, false>(a, begin, end);
   });
@@ -387,7 +379,7 @@ inline void attention_backward_all(const AttentionBackward& b) {
   const Attention& a = b.forward;
   const bool pairs = takes_pairs(a, {a.q_strides, a.k_strides, a.v_strides, b.do_strides});
   parallel(a.B * a.h, 1, [&](int64_t begin, int64_t end) {
-    pairs                   ? attention_backward_heads<bf16, PETUNE_PAIRS>(b, begin, end)
+    pairs                   ? attention_backward_heads<bf16, PETUNE_BF16>(b, begin, end)
     : a.dtype == DType::f32 ? attention_backward_heads<float, false>(b, begin, end)
                             : attention_backward_heads<bf16, false>(b, begin, end);
   });

@@ -15,20 +15,20 @@ struct ValueAndSlope {
 };
 
 // act(v) and act'(v); the compiler drops the half that is not used.
-template <Act act>
+template <Act act, class X>
 PETUNE_INLINE ValueAndSlope activate(f32v v) {
   if constexpr (act == Act::gelu) {
-    const Normal n = normal(v);
+    const Normal n = normal<X>(v);
     return {v * n.cdf, n.cdf + v * n.density};
   } else if constexpr (act == Act::gelu_tanh) {  // (1 + tanh w) / 2 = logistic(2w)
     const f32v k = splat(1.59576912f), square = v * v;
-    const Logistic s = logistic(k * v * (1.0f + 0.044715f * square));
+    const Logistic s = logistic<X>(k * v * (1.0f + 0.044715f * square));
     return {v * s.value, s.value + v * s.value * s.complement * k * (1.0f + 0.134145f * square)};
   } else if constexpr (act == Act::relu) {
     const i32v off = v <= 0.0f;  // NaN passes
     return {select(off, f32v{}, v), select(off, f32v{}, splat(1.0f))};
   } else {
-    const Logistic s = logistic(v);
+    const Logistic s = logistic<X>(v);
     return {v * s.value, s.value + v * s.value * s.complement};
   }
 }
@@ -68,7 +68,7 @@ void bias_act_rows(const BiasAct& a, int64_t begin, int64_t end) {
     for_vectors(N, [&](int64_t i, auto n) {
       f32v v = load(u + i, n);
       if (a.bias) v += load(bias.get() + i);
-      const ValueAndSlope f = activate<act>(v);
+      const ValueAndSlope f = activate<act, X>(v);
       store(h + i, gate ? f.value * load(gate + i, n) : f.value, n);
       if constexpr (coded) {
         constexpr SlopeCode line = slope_code(act);
@@ -100,7 +100,7 @@ void bias_act_backward_rows(const BiasActBackward& a, int64_t replica, int64_t b
       } else {
         f32v v = load(u + i, n);
         if (a.bias) v += load(bias + i);
-        f = activate<act>(v);
+        f = activate<act, X>(v);
       }
       const f32v d = load(dh + i, n);
       if (a.dgate) store(static_cast<X*>(a.dgate) + t * N + i, d * f.value, n);

@@ -33,6 +33,10 @@ inline Isa isa() {
   return best;
 }
 
+#if PETUNE_X86
+inline const bool kHasBf16 = __builtin_cpu_supports("avx512bf16");
+#endif
+
 inline const char* isa_name() { return isa() == Isa::avx512 ? "avx512" : isa() == Isa::avx2 ? "avx2" : "baseline"; }
 
 }  // namespace petune::cpu

@@ -2,6 +2,14 @@
 // Included once per instruction set by foreach_isa.h's kernel files (no include guard on purpose). A vector is one
 // register of the set: wider ones the compiler lowers through memory.
 
+// Instructions beyond the AVX-512 pass's target (vcvtneps2bf16, vdpbf16ps) stand in it as assembly, where kHasBf16.
+#undef PETUNE_BF16
+#if PETUNE_LEVEL == 2 && !defined(__clang__)
+#define PETUNE_BF16 1
+#else
+#define PETUNE_BF16 0
+#endif
+
 namespace petune::cpu::PETUNE_ISA {
 
 constexpr int kLanes = 4 << PETUNE_LEVEL;  // floats in a register
@@ -26,23 +34,56 @@ PETUNE_INLINE f32v load(const float* p) {
   return v;
 }
 
+// Conversions to and from 16 and 8 bits are written out: g++ 12 widens 16 bits by halves and 8 bits lane by lane.
+PETUNE_INLINE u32v widened(u16v half) {
+#if PETUNE_LEVEL == 2
+  return (u32v)_mm512_cvtepu16_epi32((__m256i)half);
+#elif PETUNE_LEVEL == 1
+  return (u32v)_mm256_cvtepu16_epi32((__m128i)half);
+#else
+  return __builtin_convertvector(half, u32v);
+#endif
+}
+
+PETUNE_INLINE u16v narrowed(u32v whole) {
+#if PETUNE_LEVEL == 2
+  return (u16v)_mm512_cvtepi32_epi16((__m512i)whole);
+#else
+  return __builtin_convertvector(whole, u16v);
+#endif
+}
+
 PETUNE_INLINE f32v load(const bf16* p) {
   u16v half;
   std::memcpy(&half, p, sizeof half);
-  return (f32v)(__builtin_convertvector(half, u32v) << 16);
+  return (f32v)(widened(half) << 16);
 }
 
 PETUNE_INLINE void store(float* p, f32v v) { std::memcpy(p, &v, sizeof v); }
 
+#if PETUNE_BF16
+PETUNE_INLINE u16v round_to_bf16(f32v v) {
+  u16v half;
+  asm("vcvtneps2bf16 %1, %0" : "=v"(half) : "v"(v));  // to nearest, ties to even; what is below the normal range is 0
+  return half;
+}
+#endif
+
 PETUNE_INLINE void store(bf16* p, f32v v) {
+#if PETUNE_BF16
+  if (kHasBf16) {
+    const u16v half = round_to_bf16(v);
+    std::memcpy(p, &half, sizeof half);
+    return;
+  }
+#endif
   const u32v bits = (u32v)v;
   const u32v rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;  // to nearest, ties to even
-  const u32v is_nan = (u32v)((bits & 0x7FFFFFFFu) > 0x7F800000u);
-  const u16v half = __builtin_convertvector((rounded & ~is_nan) | (0x7FC0u & is_nan), u16v);
+  const u16v half = narrowed(v == v ? rounded : 0x7FC0u - u32v{});
   std::memcpy(p, &half, sizeof half);
 }
 
-// Bytes as whole numbers. Written out, because g++ 12 widens and narrows vectors of bytes lane by lane.
+// Bytes as whole numbers.
 PETUNE_INLINE f32v load(const uint8_t* p) {
 #if PETUNE_LEVEL == 2
   return (f32v)_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));

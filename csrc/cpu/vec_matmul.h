@@ -14,18 +14,10 @@ constexpr int kBlockRows = 2, kBlockRegisters = 4;
 
 // bf16 inputs stay bf16 where the processor multiplies them (vdpbf16ps, twice the fp32 rate): an element of a matrix is
 // then a pair, two neighbours along the depth of the product in the 32 bits of a float. Weights and their slopes are
-// rounded to bf16 for it, as eager rounds them. Written in assembly because the instruction is beyond the pass's
-// target.
-#undef PETUNE_PAIRS
-#if PETUNE_LEVEL == 2 && !defined(__clang__)
-#define PETUNE_PAIRS 1
-#else
-#define PETUNE_PAIRS 0
-#endif
-
+// rounded to bf16 for it, as eager rounds them.
 template <bool pairs>
 PETUNE_INLINE void multiply_add(f32v& total, float left, f32v right) {
-#if PETUNE_PAIRS
+#if PETUNE_BF16
   if constexpr (pairs) {
     asm("vdpbf16ps %2, %1, %0" : "+v"(total) : "v"(right), "v"(_mm512_set1_ps(left)));
     return;

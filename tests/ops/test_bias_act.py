@@ -91,6 +91,22 @@ def test_accurate_to_a_few_ulp_over_the_whole_range(act: str) -> None:
 
 
 @pytest.mark.parametrize("act", ACTIVATIONS)
+def test_every_16_bit_value(act: str) -> None:
+    """All 65,536 of bfloat16: what is computed for 16 bits adds a thirty-second of their rounding."""
+    u = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.bfloat16).reshape(-1, 64).requires_grad_()
+    h = bias_act(u, act=act)
+    (du,) = torch.autograd.grad(h, u, torch.ones_like(h))
+    exact, slope = exact_and_slope(u.detach().double(), act)
+    at_minus_infinity = (u.detach() == -math.inf) & (act != "relu")  # -inf * 0, as in torch
+    assert torch.equal(h.isnan(), exact.isnan() | at_minus_infinity)
+    finite = u.detach().abs() < 1e15  # beyond, float64's own v^2 * 0 decides
+    half_unit, beside = 2.0**-8, 2.0**-13
+    off = (h.double() - exact).abs() - (half_unit + beside) * exact.abs()
+    assert off[finite].max() < beside * 2.0**-10
+    assert ((du.double() - slope).abs() - half_unit * slope.abs())[finite].max() < beside
+
+
+@pytest.mark.parametrize("act", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_special_values_follow_torch(act: str, dtype: torch.dtype) -> None:
     """inf, NaN, zeros, subnormals, the largest numbers: as torch's scalar code gives them (its vector code differs)."""

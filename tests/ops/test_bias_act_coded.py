@@ -72,8 +72,9 @@ def test_against_float64(T: int, N: int, dtype: torch.dtype, act: str, G: int, b
     half = 0.0 if act == "relu" else step / 2
     if act == "relu":
         assert torch.equal(decoded, slope)
-    # v = u + bias and act' are computed in fp32: 1e-6 at most, |act''| < 1.1
-    assert not T or (decoded - slope).abs().max() <= half + 2e-6
+    # v = u + bias and act' are computed in fp32 (1e-6 at most, |act''| < 1.1), for 16 bits on the CPU to 2^-15
+    off = 2e-6 if dtype == torch.float32 else 2.0**-15
+    assert not T or (decoded - slope).abs().max() <= half + off
 
     du, dbias = op("bias_act_coded_backward", backend, dh)(dh, code, bias, index, True, True)
     assert (du.dtype, dbias.dtype, dbias.shape) == (dtype, bias.dtype, bias.shape)
