@@ -7,6 +7,7 @@ comes after both; it only serves a model that was made anew (`model_init`) or th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ class PetuneCallback(TrainerCallback):
     Args:
         regime: what trains, one of `pk.tune`'s names; None leaves requires_grad as it is (PEFT models, own choices).
             For tune's other arguments call `pk.tune` on the model before it goes to Trainer.
-        strict, memory: as in `pk.patch`.
+        strict, memory, cuda_graphs: as in `pk.patch`.
         keep: leave the model patched when training ends.
 
     Attributes:
@@ -39,9 +40,10 @@ class PetuneCallback(TrainerCallback):
     """
 
     def __init__(
-        self, regime: str | None = None, strict: bool = False, keep: bool = False, memory: str = "exact"
-    ) -> None:
-        self.regime, self.strict, self.keep, self.memory = regime, strict, keep, memory
+        self, regime: str | None = None, strict: bool = False, keep: bool = False, memory: str = "exact",
+        cuda_graphs: bool | int | Sequence[int] = False,
+    ) -> None:  # fmt: skip
+        self.regime, self.strict, self.keep, self.memory, self.cuda_graphs = regime, strict, keep, memory, cuda_graphs
         self.report: PatchReport | None = None
         self.tuned: TuneReport | None = None
         self._model: nn.Module | None = None
@@ -84,7 +86,7 @@ class PetuneCallback(TrainerCallback):
             self._bound = False
 
     def _patch(self, model: nn.Module) -> None:
-        self.report = patch(model, strict=self.strict, memory=self.memory)
+        self.report = patch(model, strict=self.strict, memory=self.memory, cuda_graphs=self.cuda_graphs)
         self._model, self._bound = model, True
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +16,7 @@ from . import (
     activation,
     attention,
     dropout,
+    graphs,
     linear,
     lora,
     mlp,
@@ -47,11 +49,13 @@ class PatchError(RuntimeError):
     """Nothing to patch, a candidate left alone under strict=True, or a model that cannot be unpatched as it is."""
 
 
-def patch(model: nn.Module, *, strict: bool = False, memory: str = "exact") -> PatchReport:
+def patch(
+    model: nn.Module, *, strict: bool = False, memory: str = "exact", cuda_graphs: graphs.Lengths = False
+) -> PatchReport:
     """Binds fused forwards to the modules of `model` that a pattern recognises and verifies.
 
     The model stays the same object with the same parameters, hooks, state-dict keys and checkpoints, and computes the
-    same numbers to rounding. Patching twice is a no-op, but for another `memory`. Nothing is printed.
+    same numbers to rounding. Patching twice is a no-op, but for another `memory` or `cuda_graphs`. Nothing is printed.
 
     Args:
         model: any nn.Module; Hugging Face and PEFT models among them. On any device, also meta.
@@ -65,24 +69,44 @@ def patch(model: nn.Module, *, strict: bool = False, memory: str = "exact") -> P
             "recompute": 4 to 6, the matmuls before attention and activation run again in backward;
             "checkpoint": 2, a layer runs again but for its last matmul. Without a cache while training.
             A module that is given a filled cache (prefix tuning), and everything under torch.compile, stays at "exact".
+        cuda_graphs: capture forward and backward of the model's stack of layers once per shape and replay them while
+            training; for a model on an NVIDIA GPU, with memory "exact" or "coded". Where a batch has a mask, its length
+            is padded to a multiple of 32 (True), to a multiple of the number given (1: never padded) or to the next of
+            a list. A shape is captured at its second call, 16 of them a stack at most, the least recently used dropped.
+            They hold the activations of the largest and the inputs and outputs of each; report.graphs says how many
+            bytes, and counts the calls that ran without a graph by reason. A second backward through one call raises.
 
     Returns:
         PatchReport: for every module, the pattern that runs it or why none does.
 
     Raises:
-        TypeError: `model` is no nn.Module.
-        ValueError: `memory` is none of these.
+        TypeError: `model` is no nn.Module, or `cuda_graphs` none of these.
+        ValueError: `memory` is none of these, or `cuda_graphs` does not go with it.
         PatchError: nothing in it matches, its parameters are sharded already, `strict` and something was left alone,
-            or nothing in it could be set to `memory`. The model is then as before.
+            nothing in it could be set to `memory`, or `cuda_graphs` and it is not on a GPU or has no stack of layers.
+            The model is then as before.
     """
     if memory not in levels.LEVELS:
         raise ValueError(f"patch: memory is {memory!r}; accepted are {', '.join(levels.LEVELS)}")
+    graphs.check(cuda_graphs, memory)
     if not isinstance(model, nn.Module):
         raise TypeError(f"patch: model is {type(model).__name__}; accepted is a torch.nn.Module")
     sharded = next((n for n, p in model.named_parameters() if hasattr(p, "full_tensor")), None)
     if sharded is not None:
         raise PatchError(f"patch: {sharded} is sharded (a DTensor); patch the model once, before fully_shard")
+    if cuda_graphs and (away := graphs.away(model)):
+        raise PatchError(
+            f"patch: cuda_graphs is {cuda_graphs!r}, and {away}; accepted is a model on an NVIDIA GPU, moved there "
+            "before patch"
+        )
     plan = _survey(model)
+    stacks = graphs.stacks(model, plan.seen) if cuda_graphs else {}
+    if cuda_graphs and not stacks:
+        why = "; ".join(plan.seen.failed.values()) or "no layer of transformers' kind (GradientCheckpointingLayer)"
+        raise PatchError(
+            f"patch: cuda_graphs is {cuda_graphs!r}, and no stack of layers is seen in this {type(model).__name__}: "
+            f"{why}"
+        )
     report = PatchReport(tuple(plan.entries), _backends(model, plan.entries), memory)
     if not report.patched:
         kinds = sorted({e.kind for e in plan.entries})
@@ -107,8 +131,9 @@ def patch(model: nn.Module, *, strict: bool = False, memory: str = "exact") -> P
         raise PatchError(
             f"patch: memory is {memory!r}, and this {type(model).__name__} has no {levels.NEEDS[memory]} to set to it"
         )
+    graphs.set_graphs(model, cuda_graphs, stacks)
     backends.warn_if_slow()
-    return report
+    return dataclasses.replace(report, graphs=graphs.of(model))
 
 
 def unpatch(model: nn.Module) -> None:
@@ -127,16 +152,20 @@ def unpatch(model: nn.Module) -> None:
             f"unpatch: the forward of {', '.join(foreign[:5])} was replaced after patching (by accelerate's hooks, "
             "for instance); take that off first"
         )
-    for module in bound.values():
+    for module in filter(graphs.bound, bound.values()):
+        graphs.unbind(module)
+    for module in filter(pattern.bound, bound.values()):
         pattern.unbind(module)
     for root in filter(attention.bound, list(model.modules())):
         attention.unbind(root)
 
 
 @contextlib.contextmanager
-def patched(model: nn.Module, *, strict: bool = False, memory: str = "exact") -> Iterator[PatchReport]:
+def patched(
+    model: nn.Module, *, strict: bool = False, memory: str = "exact", cuda_graphs: graphs.Lengths = False
+) -> Iterator[PatchReport]:
     """`with patched(model) as report:` patches on entry and unpatches on exit."""
-    report = patch(model, strict=strict, memory=memory)
+    report = patch(model, strict=strict, memory=memory, cuda_graphs=cuda_graphs)
     try:
         yield report
     finally:

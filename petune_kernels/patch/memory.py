@@ -52,6 +52,8 @@ def set_level(model: nn.Module, level: str, attending: Iterable[nn.Module], seen
     if level == "checkpoint":
         frames = dict.fromkeys(layers, _layer) | dict.fromkeys([m for each in layers for m in _last(each, seen)], _kept)
     for module in filter(pattern.framed, ours):
+        if pattern.around(module) not in (_part, _layer, _kept):
+            continue
         if pattern.around(module) is frames.get(module):
             del frames[module]
         else:

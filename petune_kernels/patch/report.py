@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
+
+if TYPE_CHECKING:
+    from .graphs import Graphs
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,8 @@ class PatchReport:
     backends: dict[str, str]
     """op -> backend ("cpu", "cuda", "triton" or "reference") on the model's device"""
     memory: str = "exact"
+    graphs: dict[str, Graphs] = field(default_factory=dict)
+    """Path of a stack of layers -> its CUDA graphs: how often they served, why not, their bytes; as it is when read."""
 
     @property
     def patched(self) -> dict[str, str]:
@@ -56,7 +62,7 @@ class PatchReport:
 
     def __str__(self) -> str:
         rows = (f"  {count:4d}  {kind:16s} {path}: {what}" for path, kind, count, what in self._rows())
-        return "\n".join([self._title(), *rows])
+        return "\n".join([self._title(), *rows, *map(str, self.graphs.values())])
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         table = Table(title=self._title(), title_justify="left", show_edge=False)
@@ -67,6 +73,7 @@ class PatchReport:
             table.add_row(str(count), kind, path, what)
         yield table
         yield "backend: " + ", ".join(f"{op} on {name}" for op, name in self.backends.items())
+        yield from map(str, self.graphs.values())
 
     def _rows(self) -> list[tuple[str, str, int, str]]:
         """(path, class, count, what): layers are counted together, and so are modules of one class that no pattern

@@ -1,0 +1,57 @@
+"""The one place that talks to torch.cuda.CUDAGraph: a function is recorded once and replayed with one launch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+WARM = 3
+
+
+class Recorder:
+    """Records functions that take nothing, give nothing and work on tensors that stay where they are.
+
+    All graphs of one recorder share a memory pool: what one keeps between its kernels the next may overwrite. So two
+    functions that hand something to each other (forward and backward) are replayed with no other between them.
+
+    A capture is of the calling thread alone ("thread_local"), so that a loader that pins memory does not spoil it.
+    """
+
+    device_type = "cuda"
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream(device)
+
+    @staticmethod
+    def recording() -> bool:
+        """Whether the current stream is being captured, by this recorder or anybody else."""
+        return torch.cuda.is_current_stream_capturing()
+
+    def warm(self, function: Callable[[], None], times: int = WARM) -> None:
+        """Runs it as it is, on the stream of the captures: compiles kernels, makes libraries choose and allocate."""
+        with torch.cuda.device(self._device):
+            now = torch.cuda.current_stream()
+            self._stream.wait_stream(now)
+            with torch.cuda.stream(self._stream):
+                for _ in range(times):
+                    function()
+            now.wait_stream(self._stream)
+
+    def record(self, function: Callable[[], None]) -> Callable[[], None]:
+        """Captures it, which runs none of its kernels; returns what replays them."""
+        graph = torch.cuda.CUDAGraph()
+        with (
+            torch.cuda.device(self._device),
+            torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"),
+        ):
+            function()
+        return graph.replay
+
+    def reserved(self) -> int:
+        """Bytes that torch holds on the device and cannot give back; what a capture adds is what its graph keeps."""
+        torch.cuda.synchronize(self._device)
+        torch.cuda.empty_cache()
+        return torch.cuda.memory_reserved(self._device)
