@@ -19,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 from petune_kernels.regimes.structure import read
 
 from .errors import InputError
+from .whole_step import WholeStep
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 WARMUP = 0.1
@@ -107,7 +108,8 @@ class Updates:
     In bfloat16 it updates float32 copies of what trains: at 1e-3 most steps of a LayerNorm weight near 1 are below
     bfloat16's resolution of 2^-8. Step i of `steps`, from 0, has the rate
     lr min((i + 1) / w, (steps - i) / (steps - w)), with w = warmup * steps, rounded, at least 1. clip bounds the norm
-    of all gradients together. `adamw`: betas, eps, weight_decay (of all that trains).
+    of all gradients together. `adamw`: betas, eps, weight_decay (of all that trains). capturable: rates are tensors on
+    the device, so that `apply` can be captured in a CUDA graph; `advance` stays outside.
     """
 
     def __init__(
@@ -116,23 +118,29 @@ class Updates:
         steps: int,
         warmup: float = WARMUP,
         clip: float | None = None,
+        capturable: bool = False,
         **adamw: Any,
     ):
         self._trained = [p for parameters, _ in groups for p in parameters]
         self._wide = [p if p.dtype == torch.float32 else p.detach().float() for p in self._trained]
         self._clip = clip
         wide, listed = iter(self._wide), []
-        for parameters, lr in groups:
+        self._rates, self._done = [rate for _, rate in groups], 0
+        for parameters, rate in groups:
+            lr = torch.tensor(rate, device=parameters[0].device) if capturable else rate
             listed.append({"params": [next(wide) for _ in parameters], "lr": lr})
         fused = not any(p.is_meta for p in self._wide)  # on a CPU a fifth of the default's time; not there on meta
-        self.optimizer = torch.optim.AdamW(listed, fused=fused, **adamw)
-        warm = max(1, round(warmup * steps))
-        self._schedule = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer, lambda i: min((i + 1) / warm, max(0.0, (steps - i) / max(1, steps - warm)))
-        )
+        self.optimizer = torch.optim.AdamW(listed, fused=fused, capturable=capturable, **adamw)
+        self._steps, self._warm = steps, max(1, round(warmup * steps))
+        self._set_rates()
 
     def step(self) -> None:
         """Applies and then drops the gradients."""
+        self.apply()
+        self.advance()
+
+    def apply(self) -> None:
+        """A step at the present rates, without the schedule."""
         with torch.no_grad():
             for p, wide in zip(self._trained, self._wide, strict=True):
                 if wide is not p:
@@ -144,7 +152,20 @@ class Updates:
                 if wide is not p:
                     p.copy_(wide)
                 p.grad = wide.grad = None
-        self._schedule.step()
+
+    def advance(self) -> None:
+        """To the next step's rates."""
+        self._done += 1
+        self._set_rates()
+
+    def _set_rates(self) -> None:
+        i, left = self._done, max(1, self._steps - self._warm)
+        factor = min((i + 1) / self._warm, max(0.0, (self._steps - i) / left))
+        for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
+            if isinstance(group["lr"], torch.Tensor):
+                group["lr"].fill_(rate * factor)
+            else:
+                group["lr"] = rate * factor
 
 
 class Run:
@@ -152,19 +173,31 @@ class Run:
 
     Two runs with the same weights, batches and seed see the same data in the same order, and the generators are seeded
     before every step, so they can be stepped in turn in one process.
+
+    whole: replay each step as one CUDA graph (whole_step.py). For a model on an NVIDIA GPU, whose parameters, modes and
+    rates of dropout stay as they are while it runs, patched without cuda_graphs of its own.
     """
 
-    def __init__(self, model: nn.Module, batches: Iterator[Batch], steps: int, lr: float, seed: int):
+    def __init__(
+        self, model: nn.Module, batches: Iterator[Batch], steps: int, lr: float, seed: int, whole: bool = False
+    ):
         self.model, self.losses = model, list[float]()
         self._batches, self._seed = batches, seed
-        self._updates = Updates([([p for p in model.parameters() if p.requires_grad], lr)], steps)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        self._updates = Updates([(trained, lr)], steps, capturable=whole)
+        self._step = WholeStep(self._once, trained[0].device) if whole else self._once
 
     def step(self) -> None:
         torch.manual_seed(self._seed * STRIDE + len(self.losses))
-        loss, _ = loss_of(self.model, next(self._batches))
-        loss.backward()
-        self._updates.step()
+        loss = self._step(next(self._batches))
+        self._updates.advance()
         self.losses.append(loss.item())
+
+    def _once(self, batch: Batch) -> torch.Tensor:
+        loss, _ = loss_of(self.model, batch)
+        loss.backward()
+        self._updates.apply()
+        return loss.detach()
 
 
 @torch.no_grad()
