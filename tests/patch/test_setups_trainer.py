@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 import petune_kernels as pk
+from petune_kernels import cuda_graph
 from petune_kernels.patch import pattern
 
+from ..recorder import Recorder
 from . import models
 
 FAMILIES = ("bert", "llama")
@@ -92,6 +94,29 @@ def test_loss_history_of_the_stock_run(family: str, arguments: dict[str, Any], t
     assert a != pytest.approx(trainer(build(family), tmp_path).evaluate()["eval_loss"], rel=1e-3), (
         "it must have learned"
     )
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    ({}, {"gradient_accumulation_steps": 2, "max_grad_norm": 0.05}, {"regime": "full"}, {"bf16": True, "tol": 2e-2}),
+    ids=lambda value: ",".join(value) or "plain",
+)
+def test_loss_history_with_cuda_graphs(
+    arguments: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over a recorder of CPU ops: Trainer's loop, its clipping and accumulation, and an evaluation amid the graphs."""
+    monkeypatch.setattr(cuda_graph, "Recorder", Recorder)
+    arguments = dict(arguments)
+    tol, regime = arguments.pop("tol", 1e-4), arguments.pop("regime", "layernorm")
+    own = train("bert", False, tmp_path / "own", regime=regime, **arguments)
+    callback = pk.PetuneCallback(regime, cuda_graphs=True, keep=True)
+    run = trainer(build("bert"), tmp_path / "fused", [callback], eval_strategy="steps", eval_steps=2, **arguments)
+    run.train()
+    torch.testing.assert_close(history(run), history(own), rtol=tol, atol=tol)
+    torch.testing.assert_close(history(run, "grad_norm"), history(own, "grad_norm"), rtol=5 * tol, atol=5 * tol)
+    assert callback.report is not None
+    (found,) = callback.report.graphs.values()
+    assert found.captured == 1 and found.replayed == 6 * arguments.get("gradient_accumulation_steps", 1) - 1
 
 
 @pytest.mark.parametrize("regime", ("layernorm", "random"))
