@@ -58,15 +58,18 @@ def models(
     compile: Compile = False,
     memory: Annotated[bool, typer.Option("--memory", help="Peak memory in fresh processes, too.")] = False,
     saved: Annotated[bool, typer.Option(help="Count the bytes saved for backward.")] = True,
+    cuda_graphs: Annotated[bool, typer.Option("--cuda-graphs", help="Captured layers and steps, too (GPU).")] = False,
     out: Out = RESULTS,
 ) -> None:
     """Whole training steps: eager PyTorch or PEFT, patched, and torch.compile if asked for."""
     from . import models as benchmark
 
     _check(device, dtype)
+    if cuda_graphs and device != "cuda":
+        raise InputError(f"--cuda-graphs needs --device cuda; it is {device}")
     settings = benchmark.Settings(
         tuple(shape), tuple(regime or benchmark.REGIMES), tuple(dtype), batch, length, device, rounds, layers, compile,
-        memory, saved,
+        memory, saved, cuda_graphs,
     )  # fmt: skip
     benchmark.run(settings, Files.new(out, "models"), console)
 

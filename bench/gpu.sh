@@ -38,7 +38,9 @@ timeout 180 "$PYTHON" setup.py -q build_ext --inplace || { echo "the build faile
 BENCH=("$PYTHON" -m bench)
 COMMON=(--device cuda --out "$PARTS")
 part 70 "${BENCH[@]}" ops --width bert-base --batch 32 --length 512 --dtype bfloat16 --rounds 9 "${COMMON[@]}"
-part 60 "${BENCH[@]}" models --shape bert-base --batch 32 --length 128 --dtype bfloat16 --rounds 9 \
+part 60 "${BENCH[@]}" models --shape minilm --shape bert-base --batch 16 --length 128 --dtype bfloat16 --rounds 9 \
+    --no-saved --cuda-graphs --regime layernorm --regime "lora-all p=0.1" "${COMMON[@]}"
+part 60 "${BENCH[@]}" models --shape bert-base --batch 32 --length 128 --dtype bfloat16 --rounds 9 --cuda-graphs \
     --regime layernorm --regime bitfit --regime "lora-all p=0.1" "${COMMON[@]}"
 part 60 "${BENCH[@]}" models --shape bert-base --batch 32 --length 512 --dtype bfloat16 --rounds 9 --memory \
     --regime layernorm --regime "lora-all p=0.1" "${COMMON[@]}"

@@ -28,6 +28,8 @@ from .harness import COMPILED, EAGER, OURS
 LORA = {"lora-qv": None, "lora-all": "all-linear"}  # None: PEFT's own choice for the model, query and value in BERT
 REGIMES = ("layernorm", "bitfit", "full", *(f"{name} p={p}" for name in LORA for p in ("0.1", "0.0")))
 
+GRAPHED, WHOLE = f"{OURS}, CUDA graphs", f"{OURS}, whole step a CUDA graph"
+
 # How much faster than a peer the step must be: MiniLM, 16 x 128, on a CPU.
 TARGETS = {
     ("layernorm", "bfloat16"): {EAGER: 1.9, COMPILED: 2.0},
@@ -53,7 +55,8 @@ class Case:
 
 @dataclass(frozen=True)
 class Settings:
-    """`layers` cuts the models short (None: as many as the shape has); `memory` takes a fresh process per provider."""
+    """`layers` cuts the models short (None: as many as the shape has); `memory` takes a fresh process per provider;
+    `graphs` (on a GPU) times CUDA graphs of the layers and of the whole step, too."""
 
     shapes: Sequence[str] = ("minilm",)
     regimes: Sequence[str] = REGIMES
@@ -66,6 +69,7 @@ class Settings:
     compile: bool = False
     memory: bool = False
     saved: bool = True
+    graphs: bool = False
 
 
 def run(settings: Settings, files: Files, console: Console) -> dict[str, Any]:
@@ -92,7 +96,7 @@ def cases(settings: Any) -> list[Case]:
 def measure_case(case: Case, settings: Settings) -> harness.Row:
     device = torch.device(settings.device)
     batch = random_batch(case, device)
-    names = [EAGER, OURS, *([COMPILED] if settings.compile else [])]
+    names = [EAGER, OURS, *([GRAPHED, WHOLE] if settings.graphs else []), *([COMPILED] if settings.compile else [])]
     models = {name: build(case, name, device, settings.layers) for name in names}
     row: harness.Row = {"case": dataclasses.asdict(case), "gate": {}, "refused": {}}
     small = {name: tensor[:4, :64] if tensor.dim() > 1 else tensor[:4] for name, tensor in batch.items()}
@@ -102,8 +106,13 @@ def measure_case(case: Case, settings: Settings) -> harness.Row:
             row["refused"][name] = wrong
             del models[name]
     steps = settings.rounds + 3
-    runs = {name: train.Run(model, repeat(batch), steps, lr=1e-4, seed=0) for name, model in models.items()}
+    runs = {
+        name: train.Run(model, repeat(batch), steps, lr=1e-4, seed=0, whole=name == WHOLE)
+        for name, model in models.items()
+    }
     row |= harness.turns({name: run.step for name, run in runs.items()}, settings.rounds, device, warm=3)
+    row["losses"] = {name: run.losses[-1] for name, run in runs.items()}
+    row["graphs"] = {name: str(found) for name, found in graphs_of(models.get(GRAPHED)).items()}
     row["targets"] = targets(case, settings, row["petune_over"])
     del models, runs
     if COMPILED in names:
@@ -113,10 +122,14 @@ def measure_case(case: Case, settings: Settings) -> harness.Row:
         row["saved_bytes_per_token_per_layer"] = {
             name: measure.saved_bytes_per_token_per_layer(functools.partial(build, case, name, device), batch)
             for name in row["seconds"]
-            if name != COMPILED
+            if name in (EAGER, OURS)
         }
     if settings.memory:
-        peaks = {name: measure.fresh_process(step_memory, case, name, settings) for name in row["seconds"]}
+        peaks = {
+            name: measure.fresh_process(step_memory, case, name, settings)
+            for name in row["seconds"]
+            if name not in (GRAPHED, WHOLE)
+        }
         row["memory"] = {name: dataclasses.asdict(peak) | {"rise": peak.rise} for name, peak in peaks.items()}
     return row
 
@@ -140,11 +153,18 @@ def build(case: Case, provider: str, device: torch.device, layers: int | None = 
         model = get_peft_model(model, chosen).train()
     else:
         pk.tune(model, name)
-    if provider == OURS:
-        pk.patch(model)
+    if provider in (OURS, GRAPHED, WHOLE):
+        pk.patch(model, cuda_graphs=provider == GRAPHED)
     elif provider == COMPILED:
         model.compile()  # in place: the parameters keep their names
     return model
+
+
+def graphs_of(model: nn.Module | None) -> dict[str, Any]:
+    """What became of a model's CUDA graphs. The gate sees a model in evaluation, which replays none: the losses of the
+    timed steps are in the row for that, the same for every patched provider but for the masks of the whole step, whose
+    attention takes another kernel."""
+    return {} if model is None else pk.patch(model, cuda_graphs=True).graphs
 
 
 def config(case: Case) -> Any:

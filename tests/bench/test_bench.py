@@ -18,8 +18,10 @@ from typer.testing import CliRunner
 
 from bench import harness, models, op_runs, ops, readme
 from bench.__main__ import app, main
+from petune_kernels import cuda_graph
 from petune_kernels.studies.errors import InputError, StudyError
 from petune_kernels.studies.result import Files
+from tests.recorder import Recorder
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU, QUIET = torch.device("cpu"), Console(quiet=True)
@@ -96,6 +98,20 @@ def test_whole_steps_are_gated_timed_and_written(step: dict) -> None:
     console = Console(record=True, width=200, file=io.StringIO())
     console.print(harness.table(step))
     assert "B/token/layer" in console.export_text()
+
+
+def test_captured_layers_and_steps_are_timed_beside_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over a recorder of CPU ops."""
+    monkeypatch.setattr(cuda_graph, "Recorder", Recorder)
+    settings = models.Settings(
+        regimes=("layernorm",), dtypes=("float32",), batch=2, length=32, rounds=2, layers=1, saved=False, graphs=True
+    )
+    (row,) = models.run(settings, Files.new(tmp_path, "models"), QUIET)["rows"]
+    assert list(row["seconds"]) == [harness.EAGER, harness.OURS, models.GRAPHED, models.WHOLE] and not row["refused"]
+    ours = row["losses"][harness.OURS]
+    assert row["losses"][models.GRAPHED] == pytest.approx(ours, rel=1e-4)
+    assert row["losses"][models.WHOLE] == pytest.approx(ours, rel=1e-4)
+    assert "1 of " in row["graphs"]["bert.encoder"] and "4 calls replayed" in row["graphs"]["bert.encoder"]
 
 
 def test_a_wrong_model_gets_no_time_and_ends_in_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
