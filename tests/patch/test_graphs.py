@@ -202,6 +202,13 @@ def _replace(model: Any) -> None:
     layer.weight = nn.Parameter(layer.weight.detach() * 1.5, requires_grad=False)
 
 
+def _same_memory(model: Any) -> None:
+    for m in model.modules():
+        for name, p in m._parameters.items():
+            if p is not None and p.requires_grad:
+                m._parameters[name] = nn.Parameter(p.data)
+
+
 def _add_adapter(model: Any) -> None:
     from peft import LoraConfig
 
@@ -224,7 +231,8 @@ CHANGES: dict[str, Any] = {
     "disabled": lambda model: model.base_model.disable_adapter_layers(),
     "merged": lambda model: model.merge_adapter(),
     "scaling": _scale,
-    "frozen": lambda model: [p.requires_grad_("lora_B" in n) for n, p in model.named_parameters()],
+    "frozen": lambda model: [p.requires_grad_("lora_B" in n) for n, p in model.named_parameters() if "lora_" in n],
+    "same memory": _same_memory,
     "mode": lambda model: model.base_model.model.bert.encoder.layer[0].eval(),
     "rate": lambda model: [setattr(m, "p", 0.5) for m in model.modules() if isinstance(m, nn.Dropout)],
     "module": lambda model: model.base_model.model.bert.encoder.layer.pop(1),
@@ -234,7 +242,7 @@ CHANGES: dict[str, Any] = {
 }  # fmt: skip
 
 
-SAME = ("moved", "data", "frozen", "merged", "checkpointing")
+SAME = ("moved", "data", "same memory", "frozen", "merged", "checkpointing")
 """Changes that leave the loss as it was."""
 
 
@@ -242,6 +250,8 @@ SAME = ("moved", "data", "frozen", "merged", "checkpointing")
 def test_a_changed_model_is_not_replayed_as_it_was(name: str) -> None:
     """After each change the steps are those of a model that has no graphs, and the graph of before is gone."""
     data, found = [models.batch(S=8)] * 3, []
+    if name == "attention":  # without a mask, whose form is the attention function's
+        data[0]["attention_mask"] = torch.ones_like(data[0]["attention_mask"])
     for cuda_graphs in (1, False):
         model = lora(models.build("bert"))
         pk.patch(model, cuda_graphs=cuda_graphs)
@@ -256,6 +266,32 @@ def test_a_changed_model_is_not_replayed_as_it_was(name: str) -> None:
         for a, b in zip(own, other, strict=True):
             close(a, b)
     assert abs(float(found[1][0][0].loss - found[1][1][0].loss)) > 1e-6 or name in SAME
+
+
+def test_distributed_data_parallel(tmp_path: Any) -> None:
+    """Its hooks sit on the parameters, which get their gradients from autograd as ever. One process stands for more."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        data = [models.batch(S=8)] * 3
+        model = graphed(lengths=1, dropout=False)
+        wrapped, seen = nn.parallel.DistributedDataParallel(model), list[int]()
+
+        def halved(_, bucket):  # DDP reads annotations
+            seen.append(bucket.buffer().numel())
+            done: torch.futures.Future[torch.Tensor] = torch.futures.Future()
+            done.set_result(bucket.buffer() / 2)
+            return done
+
+        wrapped.register_comm_hook(None, halved)
+        for own, other in zip(steps(wrapped, data), steps(plain(dropout=False), data), strict=True):
+            assert len(own.grads) == len(other.grads)
+            for name, grad in own.grads.items():
+                torch.testing.assert_close(2 * grad, other.grads[name.removeprefix("module.")], rtol=1e-4, atol=1e-5)
+        assert only(model).replayed == 2 and seen
+    finally:
+        dist.destroy_process_group()
 
 
 def test_evaluation_and_calls_without_gradients_run_plainly() -> None:
@@ -311,6 +347,46 @@ def test_autocast(dtype: torch.dtype) -> None:
     assert found[2].keys() == found[5].keys()
     for name, grad in found[2].items():
         torch.testing.assert_close(grad, found[5][name], rtol=0.05, atol=0.02)
+
+
+@pytest.mark.parametrize("family", ("bert", "deberta-v2"))
+def test_autocast_while_weights_train(family: str) -> None:
+    """A cast of a weight that was made while capturing is made again at every replay."""
+    found = []
+    for lengths in (1, False):
+        model = models.build(family, dropout=False).train()
+        pk.patch(model, cuda_graphs=lengths)
+        optimizer, losses = torch.optim.SGD(model.parameters(), lr=0.05), list[float]()
+        torch.manual_seed(1)
+        data = models.batch(family, S=8)
+        for _ in range(4):
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = model(**data).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(float(loss))
+        found.append(losses)
+    assert found[0] == pytest.approx(found[1], rel=0.02) and abs(found[1][0] - found[1][-1]) > 0.1
+
+
+def test_outputs_that_nobody_used() -> None:
+    """DeBERTa's stack gives every hidden state: a gradient of an earlier step is not left in one."""
+    found = []
+    for lengths in (1, False):
+        model = models.build("deberta-v2", dropout=False).train()
+        pk.patch(model, cuda_graphs=lengths)
+        torch.manual_seed(1)
+        data = models.batch("deberta-v2", S=8)
+        for used in (-1, 1, -1, 1):
+            model.zero_grad()
+            model(**data, output_hidden_states=True).hidden_states[used].square().sum().backward()
+            found.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+        assert not lengths or only(model).replayed == 3
+    for own, other in zip(found[:4], found[4:], strict=True):
+        for name in own.keys() | other.keys():
+            a, b = (g.get(name, torch.zeros(())) for g in (own, other))  # one graph for all: zeros in place of nothing
+            torch.testing.assert_close(a, b.expand_as(a), rtol=1e-3, atol=1e-3, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_what_was_there_stays() -> None:
