@@ -19,7 +19,7 @@ Memory. The graphs of a stack share one pool, so that it holds the largest one's
 that comes while an earlier one waits for its backward therefore runs plainly; so does whatever else a graph cannot
 serve. `Graphs.plain` counts such calls by reason: nothing falls back unseen.
 
-A graph makes every gradient, also where only some of the stack's outputs were used: zeros then, where autograd has None.
+A graph makes every gradient, also where only some of the stack's outputs were used: zeros, where autograd has None.
 
 A graph is of one state of the stack: which modules and tensors it holds and where, what trains, modes, dropout rates,
 adapters, the attention function. Another state drops the graphs. What is not watched: torch's global switches (TF32,
