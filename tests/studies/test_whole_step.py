@@ -64,10 +64,10 @@ def test_every_step_is_the_plain_run_s(
 def test_clipping_is_in_the_graph(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_graph, "Recorder", Recorder)
     found = []
-    for whole in (True, False):
+    for whole, clip in ((True, 1e-3), (False, 1e-3), (True, None)):
         model = train.load_model(tiny_model, 2, 0, torch.float32, CPU, dropout=False)
         trained = list(model.parameters())
-        updates = train.Updates([(trained, 1e-2)], 6, clip=1e-3, capturable=whole, eps=1e-3)
+        updates = train.Updates([(trained, 1e-2)], 6, clip=clip, capturable=whole, eps=1e-3)
 
         def once(batch: train.Batch, model: nn.Module = model, updates: train.Updates = updates) -> torch.Tensor:
             loss, _ = train.loss_of(model, batch)
@@ -81,6 +81,7 @@ def test_clipping_is_in_the_graph(tiny_model: Path, monkeypatch: pytest.MonkeyPa
             updates.advance()
         found.append(losses)
     assert found[0] == pytest.approx(found[1], rel=1e-5)
+    assert found[0] != pytest.approx(found[2], rel=1e-3)
 
 
 def test_shapes_are_bounded(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
