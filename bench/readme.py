@@ -20,7 +20,7 @@ from bench import memory  # noqa: E402
 from petune_kernels.studies import layouts, store  # noqa: E402
 from petune_kernels.studies.study import read  # noqa: E402
 
-STUDIES = ("transferability", "stability", "classification-head")
+STUDIES = ("transferability", "stability", "protocol", "classification-head")
 MIB = 2**20
 
 
@@ -164,8 +164,9 @@ def render_studies() -> str:
         blocks += [
             *(grid.markdown() for grid in (grids[0], grids[-1])),
             f"`{header['command']}`, {start:%Y-%m-%d}, {machine['cpu']}, {machine['threads']} thread on "
-            f"{machine['cores_allowed']} core, torch {machine['versions']['torch']}: {len(records)} runs in "
-            f"{(end - start).total_seconds() / 60:.0f} minutes. Every run, all tables and the figures are in "
+            f"{machine['cores_allowed']} core{'s' * (machine['cores_allowed'] > 1)}, torch "
+            f"{machine['versions']['torch']}: {len(records)} runs in {(end - start).total_seconds() / 60:.0f} minutes. "
+            f"Every run, all tables and the figures are in "
             f"[bench/results/{name}](bench/results/{name}).",
             "",
         ]
