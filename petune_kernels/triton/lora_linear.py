@@ -136,7 +136,7 @@ def matmul_kernel(
                 low = tl.dot(tile, inner, low, input_precision=PRECISION)
         if outers[i] is not None:
             change = tl.zeros([ROWS, COLS], tl.float32)
-            for start in tl.static_range(0, DEEPEST, RANK):
+            for start in tl.range(0, DEEPEST, RANK, num_stages=1):
                 along = start + tl.arange(0, RANK)[None, :]
                 low_at = row * ranks[i] + along
                 if FUSED:
@@ -230,11 +230,12 @@ def _project(source: Tensor, inner: Tensor, by_rank: bool, seed: Tensor | None, 
     """low [T, r] in inner's dtype; inner is [.., r, C] if by_rank, else [.., C, r]."""
     T, C = source.shape
     R, G = inner.shape[-2] if by_rank else inner.shape[-1], _groups(inner)
-    low, block = source.new_empty([T, R], dtype=inner.dtype), _rank_block(R)
+    low, block, mixed = source.new_empty([T, R], dtype=inner.dtype), _rank_block(R), inner.dtype != source.dtype
+    cols = 64 if source.element_size() == 2 and seed is None else 32
     project_kernel[(triton.cdiv(T // G, 64), G, triton.cdiv(R, block))](
         source, inner, low, seed, T // G, T // _seeds(seed), threshold(p), scale / (1.0 - p), 1 if by_rank else R,
-        C if by_rank else 1, R * C, R=R, C=C, ROWS=64, COLS=64 if source.element_size() == 2 else 32, RANK=block,
-        TERMS=1 if inner.dtype == source.dtype else 3, PRECISION=_precision(), num_warps=4, num_stages=4,
+        C if by_rank else 1, R * C, R=R, C=C, ROWS=64, COLS=cols, RANK=block,
+        TERMS=3 if mixed else 1, PRECISION=_precision(), num_warps=8 if mixed and block > 16 else 4, num_stages=4,
     )  # fmt: skip
     return low
 
@@ -248,11 +249,15 @@ def _matmul(
     T, N = out.shape
     ranks = tuple(0 if m is None else m.shape[-1 if transposed else -2] for m in outers)
     config = configure(T, max(s.shape[1] for s in sources), N, out.element_size(), out.device)
-    if sum(s is not None for s in seeds) > 1:  # ptxas keeps what the masks share alive across the products
-        config = Config(min(config.rows, 64), min(config.cols, 64), config.depth, 4, config.stages)
-    tiles = triton.cdiv(T // G, config.rows) * triton.cdiv(N, config.cols)
     mixed = any(m is not None and m.dtype != out.dtype for m in outers)
-    rank = 16 if mixed else _rank_block(*ranks)
+    rank = 16 if mixed or (not fused and out.element_size() == 4) else _rank_block(*ranks)
+    masks, narrow = sum(s is not None for s in seeds), out.element_size() == 2
+    if masks > 1 or (len(sources) > 1 and not narrow):  # ptxas keeps what masks and products share alive across them
+        stages = config.stages if narrow or masks else 2
+        config = Config(min(config.rows, 64), min(config.cols, 64), config.depth, 8, stages)
+    elif max(ranks) > (rank if masks else 2 * rank):  # and the addresses of a product's steps
+        config = Config(config.rows, min(config.cols, 64), config.depth, config.warps, config.stages)
+    tiles = triton.cdiv(T // G, config.rows) * triton.cdiv(N, config.cols)
     matmul_kernel[(tiles, G)](
         tuple(sources), tuple(weights), tuple(lows), tuple(inners), tuple(outers), tuple(seeds), bias, bias_low, out,
         T // G, tuple(T // _seeds(s) for s in seeds), tuple(threshold(q) for q in p), tuple(scales), tuple(factors),
@@ -336,8 +341,9 @@ def _outer(
     """outs[i] = factors[i] * low_i^T @ (source where the mask keeps) per replica; sums = column sums of source."""
     T, C = source.shape
     rows, ranks = T // G, tuple(m.shape[1] for m in lows)
-    block, mixed = _rank_block(*ranks), any(m.dtype != source.dtype for m in lows)
-    plain = len(lows) == 1 and seeds[0] is None and source.element_size() == 2 and not (mixed and block > 16)
+    mixed, narrow = any(m.dtype != source.dtype for m in lows), source.element_size() == 2
+    block = 16 if len(lows) > 1 and (mixed or not narrow) else _rank_block(*ranks)
+    plain = len(lows) == 1 and seeds[0] is None and narrow and not (mixed and block > 16)
     cols = 128 if plain else 64  # a mask, several products or split ones need the registers
     tiles, stretches = triton.cdiv(C, cols), triton.cdiv(max(ranks), block)
     # about two programs a processor; at least 256 rows each, so that the partials stay small beside the rows
@@ -349,8 +355,9 @@ def _outer(
     outer_kernel[(tiles, parts, G * stretches)](
         source, tuple(lows), tuple(seeds), tuple(partials), partial_sums, rows, per,
         tuple(T // _seeds(s) for s in seeds), tuple(threshold(q) for q in p), G, ranks=ranks, C=C,
-        TRANSPOSED=transposed, ROWS=64 if source.element_size() == 2 else 32, COLS=cols, RANK=block,
-        TERMS=3 if mixed else 1, PRECISION=_precision(), num_warps=4, num_stages=3,
+        TRANSPOSED=transposed, ROWS=64 if narrow else 32, COLS=cols, RANK=block,
+        TERMS=3 if mixed else 1, PRECISION=_precision(), num_stages=3,
+        num_warps=8 if mixed or len(lows) > 1 or not narrow else 4,
     )  # fmt: skip
     for partial, out, factor in zip(partials, outs, factors, strict=True):
         finish(partial, out, factor)
