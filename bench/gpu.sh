@@ -38,12 +38,12 @@ timeout 180 "$PYTHON" setup.py -q build_ext --inplace || { echo "the build faile
 BENCH=("$PYTHON" -m bench)
 COMMON=(--device cuda --out "$PARTS")
 part 70 "${BENCH[@]}" ops --width bert-base --batch 32 --length 512 --dtype bfloat16 --rounds 9 "${COMMON[@]}"
-part 60 "${BENCH[@]}" models --shape minilm --shape bert-base --batch 16 --length 128 --dtype bfloat16 --rounds 9 \
-    --no-saved --cuda-graphs --regime layernorm --regime "lora-all p=0.1" "${COMMON[@]}"
-part 60 "${BENCH[@]}" models --shape bert-base --batch 32 --length 128 --dtype bfloat16 --rounds 9 --cuda-graphs \
+part 60 "${BENCH[@]}" models --shape bert-base --batch 32 --length 128 --dtype bfloat16 --rounds 9 \
     --regime layernorm --regime bitfit --regime "lora-all p=0.1" "${COMMON[@]}"
 part 60 "${BENCH[@]}" models --shape bert-base --batch 32 --length 512 --dtype bfloat16 --rounds 9 --memory \
     --regime layernorm --regime "lora-all p=0.1" "${COMMON[@]}"
+part 60 "${BENCH[@]}" models --shape minilm --shape bert-base --batch 16 --length 128 --dtype bfloat16 --rounds 9 \
+    --no-saved --cuda-graphs --regime layernorm --regime "lora-all p=0.1" "${COMMON[@]}"
 part 25 "${BENCH[@]}" overhead "${COMMON[@]}"
 part 45 "${BENCH[@]}" ops --width llama --batch 4 --length 4096 --dtype bfloat16 --rounds 7 --op residual_norm \
     --op bias_act "${COMMON[@]}"
