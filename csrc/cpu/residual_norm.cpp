@@ -55,56 +55,55 @@ void forward_rows(const ResidualNorm& a, int64_t begin, int64_t end) {
   }
 }
 
-// Rows [begin, end) of one replica; sums of the wanted small gradients go to partial [3, H] (bias, gamma, beta).
+// Rows [begin, end) of one replica; sums of the wanted small gradients go to partial [3, H] (bias, gamma, beta). x-hat
+// and dy gamma are made again in the second pass over a row: loading costs half of what storing does.
 template <class X>
 void backward_rows(const ResidualNormBackward& a, int64_t replica, int64_t begin, int64_t end, float* partial) {
   const int64_t H = a.H, seed_rows = a.seed ? a.T / a.seeds : 1;
-  const auto rows = scratch(7, H);
-  float *xhat = rows.get(), *g = xhat + padded(H), *gamma = g + padded(H), *multipliers = gamma + padded(H),
-        *dbias = multipliers + padded(H), *dgamma = dbias + padded(H), *dbeta = dgamma + padded(H);
+  const auto rows = scratch(5, H);
+  float *gamma = rows.get(), *multipliers = gamma + padded(H), *dbias = multipliers + padded(H),
+        *dgamma = dbias + padded(H), *dbeta = dgamma + padded(H);
   std::fill(dbias, dbias + 3 * padded(H), 0.0f);
   expand(a.gamma, a.param_dtype, a.shared & kSharedGamma ? 0 : replica * H, H, 1.0f, gamma);
   const Dropper dropper(a.p);
   const bool want_input = a.dresidual || a.dx || a.dbias;
   for (int64_t t = begin; t < end; ++t) {
     const X* dy = static_cast<const X*>(a.dy) + t * H;
+    const X* row = static_cast<const X*>(a.row) + t * H;
     const float rstd = a.rstd[t];
-    if (want_input || a.dgamma) {
-      const X* row = static_cast<const X*>(a.row) + t * H;
-      f32v total = {};
-      if (a.row_is_z && !a.rms) for_vectors(H, [&](int64_t i, auto n) { total += load(row + i, n); });
-      const f32v mean = splat(sum(total) / H);
-      f32v sum_g = {}, sum_gx = {};
-      for_vectors(H, [&](int64_t i, auto n) {
-        f32v v = load(row + i, n);
-        if (a.row_is_z) v = (v - mean) * rstd;
-        v = first_lanes(v, n);  // lanes past H: -mean * rstd, and what gamma's scratch row happens to hold
-        const f32v dv = first_lanes(load(dy + i, n) * load(gamma + i), n);
-        sum_g += dv;
-        sum_gx += dv * v;
-        store(xhat + i, v);
-        store(g + i, dv);
-      });
-      const f32v mean_g = splat(a.rms ? 0.0f : sum(sum_g) / H), mean_gx = splat(sum(sum_gx) / H);
-      if (want_input) {
-        const X* dz = a.dz ? static_cast<const X*>(a.dz) + t * H : nullptr;
-        const float* keep = a.seed && (a.dx || a.dbias)
-                                ? dropper.multipliers(a.seed[t / seed_rows], (t % seed_rows) * H, H, multipliers)
-                                : nullptr;
-        for_vectors(H, [&](int64_t i, auto n) {
-          f32v d = (load(g + i) - mean_g - load(xhat + i) * mean_gx) * rstd;
-          if (dz) d += load(dz + i, n);
-          if (a.dresidual) store(static_cast<X*>(a.dresidual) + t * H + i, d, n);
-          if (keep) d *= load(keep + i);
-          if (a.dx) store(static_cast<X*>(a.dx) + t * H + i, d, n);
-          if (a.dbias) store(dbias + i, load(dbias + i) + d);
-        });
-      }
-      if (a.dgamma)
-        for_vectors(H,
-                    [&](int64_t i, auto n) { store(dgamma + i, load(dgamma + i) + load(dy + i, n) * load(xhat + i)); });
+    if (!want_input && !a.dgamma) {
+      for_vectors(H, [&](int64_t i, auto n) { store(dbeta + i, load(dbeta + i) + load(dy + i, n)); });
+      continue;
     }
-    if (a.dbeta) for_vectors(H, [&](int64_t i, auto n) { store(dbeta + i, load(dbeta + i) + load(dy + i, n)); });
+    f32v total = {};
+    if (a.row_is_z && !a.rms) for_vectors(H, [&](int64_t i, auto n) { total += load(row + i, n); });
+    const f32v mean = splat(sum(total) / H);
+    const auto xhat = [&](int64_t i, auto n) {
+      const f32v v = load(row + i, n);
+      return a.row_is_z ? (v - mean) * rstd : v;
+    };
+    f32v sum_g = {}, sum_gx = {};
+    for_vectors(H, [&](int64_t i, auto n) {  // in lanes past H dy is 0
+      const f32v d = load(dy + i, n), g = first_lanes(d * load(gamma + i), n), v = xhat(i, n);
+      sum_g += g;
+      sum_gx += g * v;
+      if (a.dgamma) store(dgamma + i, load(dgamma + i) + d * v);
+      if (a.dbeta) store(dbeta + i, load(dbeta + i) + d);
+    });
+    if (!want_input) continue;
+    const f32v mean_g = splat(a.rms ? 0.0f : sum(sum_g) / H), mean_gx = splat(sum(sum_gx) / H);
+    const X* dz = a.dz ? static_cast<const X*>(a.dz) + t * H : nullptr;
+    const float* keep = a.seed && (a.dx || a.dbias)
+                            ? dropper.multipliers(a.seed[t / seed_rows], (t % seed_rows) * H, H, multipliers)
+                            : nullptr;
+    for_vectors(H, [&](int64_t i, auto n) {
+      f32v d = (load(dy + i, n) * load(gamma + i) - mean_g - xhat(i, n) * mean_gx) * rstd;
+      if (dz) d += load(dz + i, n);
+      if (a.dresidual) store(static_cast<X*>(a.dresidual) + t * H + i, d, n);
+      if (keep) d *= load(keep + i);
+      if (a.dx) store(static_cast<X*>(a.dx) + t * H + i, d, n);
+      if (a.dbias) store(dbias + i, load(dbias + i) + d);
+    });
   }
   const float* sums[3] = {dbias, dgamma, dbeta};
   for (int which = 0; which < 3; ++which) std::memcpy(partial + which * H, sums[which], H * sizeof(float));
