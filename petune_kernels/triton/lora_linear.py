@@ -321,8 +321,10 @@ def lora_linear_backward(dy, x, w, a, b, seed, p, scale, groups, want_dx, want_d
         picked = ([values[i] for i in used] for values in (dy, w, lows, b, a, seed, p, scale, keep))
         _matmul(*picked, dx, _groups(*a), transposed=False, fused=fused)
     trained = [i for i in used if want_da[i]]
-    if trained:
-        picked = ([values[i] for i in trained] for values in (lows, seed, p, da, keep))
+    # float32 tiles of several projections do not fit the registers beside their masks
+    apart = x.element_size() == 4 and any(seed[i] is not None for i in trained)
+    for part in [[i] for i in trained] if apart else [trained] if trained else []:
+        picked = ([values[i] for i in part] for values in (lows, seed, p, da, keep))
         _outer(x, *picked, None, _groups(*a), transposed=False)
     for i in used:
         if want_db[i]:
