@@ -249,9 +249,9 @@ def _matmul(
     T, N = out.shape
     ranks = tuple(0 if m is None else m.shape[-1 if transposed else -2] for m in outers)
     config = configure(T, max(s.shape[1] for s in sources), N, out.element_size(), out.device)
-    mixed = any(m is not None and m.dtype != out.dtype for m in outers)
-    rank = 16 if mixed or (not fused and out.element_size() == 4) else _rank_block(*ranks)
-    masks, narrow = sum(s is not None for s in seeds), out.element_size() == 2
+    mixed, narrow = any(m is not None and m.dtype != out.dtype for m in outers), out.element_size() == 2
+    rank = 16 if mixed or not (fused or narrow) else _rank_block(*ranks)
+    masks = sum(s is not None for s in seeds)
     if masks > 1 or (len(sources) > 1 and not narrow):  # ptxas keeps what masks and products share alive across them
         stages = config.stages if narrow or masks else 2
         config = Config(min(config.rows, 64), min(config.cols, 64), config.depth, 8, stages)
@@ -322,8 +322,8 @@ def lora_linear_backward(dy, x, w, a, b, seed, p, scale, groups, want_dx, want_d
         _matmul(*picked, dx, _groups(*a), transposed=False, fused=fused)
     trained = [i for i in used if want_da[i]]
     # float32 tiles of several projections do not fit the registers beside their masks
-    apart = x.element_size() == 4 and any(seed[i] is not None for i in trained)
-    for part in [[i] for i in trained] if apart else [trained] if trained else []:
+    apart = any(seed[i] is not None for i in trained) and x.element_size() == 4
+    for part in filter(None, [[i] for i in trained] if apart else [trained]):
         picked = ([values[i] for i in part] for values in (lows, seed, p, da, keep))
         _outer(x, *picked, None, _groups(*a), transposed=False)
     for i in used:
