@@ -17,6 +17,7 @@ from torch import nn
 from transformers import AutoConfig
 
 import petune_kernels as pk
+from petune_kernels.patch import graphs
 from petune_kernels.studies import measure, train
 from petune_kernels.studies.errors import StudyError
 from petune_kernels.studies.result import Files
@@ -164,7 +165,7 @@ def graphs_of(model: nn.Module | None) -> dict[str, Any]:
     """What became of a model's CUDA graphs. The gate sees a model in evaluation, which replays none: the losses of the
     timed steps are in the row for that, the same for every patched provider but for the masks of the whole step, whose
     attention takes another kernel."""
-    return {} if model is None else pk.patch(model, cuda_graphs=True).graphs
+    return {} if model is None else graphs.of(model)
 
 
 def config(case: Case) -> Any:

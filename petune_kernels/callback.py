@@ -7,7 +7,6 @@ comes after both; it only serves a model that was made anew (`model_init`) or th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .patch import PatchReport, patch, unpatch
+from .patch.graphs import Lengths
 from .regimes import TuneReport, tune
 
 
@@ -41,7 +41,7 @@ class PetuneCallback(TrainerCallback):
 
     def __init__(
         self, regime: str | None = None, strict: bool = False, keep: bool = False, memory: str = "exact",
-        cuda_graphs: bool | int | Sequence[int] = False,
+        cuda_graphs: Lengths = False,
     ) -> None:  # fmt: skip
         self.regime, self.strict, self.keep, self.memory, self.cuda_graphs = regime, strict, keep, memory, cuda_graphs
         self.report: PatchReport | None = None

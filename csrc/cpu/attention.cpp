@@ -205,7 +205,7 @@ template <class X>
 PETUNE_INLINE float exponentials(float* s, int64_t visible, int64_t width, float top) {
   f32v total = {};
   for_vectors(visible, [&](int64_t i, auto) {
-    const f32v below = load(s + i) - top, e = sizeof(X) == 2 ? exp2_short(below * 1.44269504f) : exp_nonpositive(below);
+    const f32v e = exp_for<X>(load(s + i) - top);
     total += e;
     store(s + i, e);
   });

@@ -52,6 +52,12 @@ PETUNE_INLINE f32v exp2_short(f32v x) {
   return select(x < -125.0f, f32v{}, (f32v)((u32v)g + ((u32v)shifted << 23)));
 }
 
+// exp(x) for x <= 0, as exact as a result that is stored as X needs.
+template <class X>
+PETUNE_INLINE f32v exp_for(f32v x) {
+  return sizeof(X) == 2 ? exp2_short(x * 1.44269504f) : exp_nonpositive(x);
+}
+
 // Phi(u) and phi(u), the normal distribution and its density, from one exponential. With a = |u|,
 //   Phi(-a) = exp(-a^2 / 2) * R(a),  R(a) * (a + 3.5) = polynomial in t = (a - 3.5) / (a + 3.5),
 // which keeps the relative accuracy of the lower tail that 1 + erf(u / sqrt 2) cancels away. Relative error 2^-26.9.
@@ -99,8 +105,7 @@ struct Logistic {
 
 template <class X>
 PETUNE_INLINE Logistic logistic(f32v u) {
-  const f32v a = magnitude(u), e = sizeof(X) == 2 ? exp2_short(a * -1.44269504f) : exp_nonpositive(-a);
-  const f32v q = 1.0f / (1.0f + e), small = e * q;
+  const f32v e = exp_for<X>(-magnitude(u)), q = 1.0f / (1.0f + e), small = e * q;
   const i32v positive = u > 0.0f;
   return {select(positive, q, small), select(positive, small, q)};
 }

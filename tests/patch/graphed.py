@@ -32,11 +32,7 @@ def graphed(family: str = "bert", regime: str | None = "layernorm", lengths: Any
 
 
 def plain(family: str = "bert", regime: str | None = "layernorm", **more: Any) -> nn.Module:
-    model = models.build(family, **more).train()
-    if regime is not None:
-        pk.tune(model, regime)
-    pk.patch(model)
-    return model
+    return graphed(family, regime, False, **more)
 
 
 def only(model: nn.Module) -> graphs.Graphs:

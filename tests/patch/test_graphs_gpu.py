@@ -16,10 +16,10 @@ from petune_kernels.patch import graphs
 from petune_kernels.studies import train
 
 from . import models
+from .graphed import FIRST, steps
 
 pytestmark = pytest.mark.gpu
 
-FIRST = "of a shape for the first time"
 FAMILIES = (
     "bert",
     "roberta",
@@ -45,14 +45,6 @@ def build(family: str, regime: str, dtype: torch.dtype, lengths: Any, dropout: b
 
 def put(data: dict[str, Any], dtype: torch.dtype = torch.float32) -> dict[str, Any]:
     return models.cast({k: v.cuda() for k, v in data.items()}, dtype)
-
-
-def steps(model: nn.Module, batches: list[dict[str, Any]]) -> list[models.Step]:
-    found = []
-    for i, data in enumerate(batches):
-        torch.manual_seed(7 + i)
-        found.append(models.step(model, data))
-    return found
 
 
 def close(a: models.Step, b: models.Step, tol: float) -> None:
