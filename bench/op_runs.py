@@ -130,8 +130,8 @@ def providers(
             continue
         try:
             call = load()
-        except ImportError as error:
-            refused[name] = f"not importable: {error}"
+        except Exception as error:  # a package's import may raise anything; the others go on
+            refused[name] = f"not importable: {reason(error)}"
         else:
             calls[name] = lambda t, p, seed, call=call: call(t)
     return calls
@@ -238,8 +238,8 @@ def check_op(
         p = own_p if name.startswith(OURS) else 0.0
         try:
             found = results(calls[name](t, p, seed if p else None), t)
-        except (RuntimeError, TypeError, ValueError) as error:  # reported in table and result; the provider has no time
-            row["refused"][name] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        except Exception as error:  # reported in table and result; the provider has no time
+            row["refused"][name] = reason(error)
             del calls[name]
             continue
         fact = {"p": p, "tokens": batch * length}
@@ -247,6 +247,14 @@ def check_op(
         if wrong:
             row["refused"][name] = wrong
             del calls[name]
+
+
+def reason(error: BaseException) -> str:
+    """Class and first line; of Triton's CompilationError, whose first line is a place in the source, the cause's."""
+    cause = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    return f"{type(error).__name__}: {(str(cause).splitlines() or [''])[0]}"
 
 
 def gradients(made: Any, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
