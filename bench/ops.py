@@ -26,6 +26,7 @@ from petune_kernels.ops.residual_norm import residual_norm
 Tensors = Mapping[str, Tensor]
 Drop = Callable[[Tensor], Tensor]
 EPS, RANK, HEAD = 1e-5, 8, 64
+WIDER = 16  # the least rank of a 16-bit tl.dot, which LoRAFusion gives its factors to unpadded
 
 
 @dataclass(frozen=True)
@@ -161,15 +162,16 @@ _HEADS = {name: "B h S D" for name in "qkv"}
 _ATTENTION_FLOPS = "14*T*S*H"  # two products forward, five backward: the scores are computed again
 
 
-def _lora_case(inside: str, outside: str, p: float, wide: bool) -> OpCase:
-    """K and N in the letters of `sizes`; flops of the frozen product forward and back, the update's two products and
-    their gradients."""
-    K, N = inside, outside
+def _lora_case(inside: str, outside: str, p: float, wide: bool, rank: str = "r") -> OpCase:
+    """K, N and rank in the letters of `sizes`; flops of the frozen product forward and back, the update's two
+    products and their gradients."""
+    K, N, r = inside, outside, rank
+    peers = {"lorafusion": _lorafusion} if r == "R" else {}
     return OpCase(
-        "lora_linear", f"{K} to {N} p={p}" + (" float32 adapter" if wide else ""),
-        {"x": f"T {K}", "w": f"{N} {K}", "c": N, "a": f"r {K}", "b": f"{N} r"}, ("w", "c"), _lora, _our_lora,
-        f"s*(3*T*{K} + 2*T*{N} + 2*{K}*{N})", f"4*T*{K}*{N} + 6*T*r*({K} + {N})", p=p, wide=("a", "b") if wide else (),
-        peers={} if p or wide else {"lorafusion": _lorafusion},
+        "lora_linear", f"{K} to {N} p={p}" + (" float32 adapter" if wide else "") + (" rank 16" if r == "R" else ""),
+        {"x": f"T {K}", "w": f"{N} {K}", "c": N, "a": f"{r} {K}", "b": f"{N} {r}"}, ("w", "c"), _lora, _our_lora,
+        f"s*(3*T*{K} + 2*T*{N} + 2*{K}*{N})", f"4*T*{K}*{N} + 6*T*{r}*({K} + {N})", p=p,
+        wide=("a", "b") if wide else (), peers=peers,
     )  # fmt: skip
 
 
@@ -199,6 +201,7 @@ CASES = (
              eager=lambda t, p: F.scaled_dot_product_attention(t["q"], t["k"], t["v"], dropout_p=p))
       for p in (0.0, 0.1)),
     *(_lora_case(K, N, p, wide) for wide in (False, True) for K in "HN" for N in "HN" for p in (0.0, 0.1)),
+    _lora_case("H", "H", 0.0, False, "R"),
     OpCase("packed_linear", "q k v", _PROJECTIONS, ("w0", "w1", "w2"), _packed,
            lambda t, p, seed: packed_linear(t["x"], [t[f"w{i}"] for i in range(3)], [t[f"c{i}"] for i in range(3)]),
            "s*(8*T*H + 6*H*H)", "12*T*H*H"),
@@ -206,10 +209,10 @@ CASES = (
 
 
 def sizes(batch: int, length: int, hidden: int, dtype: torch.dtype) -> dict[str, int]:
-    """The letters: T tokens of B sequences of S, N = 4 H, r the rank, h heads of D, s bytes an element."""
+    """The letters: T tokens of B sequences of S, N = 4 H, r and R ranks, h heads of D, s bytes an element."""
     return {
-        "B": batch, "S": length, "T": batch * length, "H": hidden, "N": 4 * hidden, "r": RANK, "h": hidden // HEAD,
-        "D": HEAD, "s": dtype.itemsize,
+        "B": batch, "S": length, "T": batch * length, "H": hidden, "N": 4 * hidden, "r": RANK, "R": WIDER,
+        "h": hidden // HEAD, "D": HEAD, "s": dtype.itemsize,
     }  # fmt: skip
 
 
