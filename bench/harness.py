@@ -28,7 +28,7 @@ from petune_kernels.studies.errors import StudyError
 from petune_kernels.studies.result import Files
 
 EAGER, OURS, COMPILED = "eager", "petune", "torch.compile"
-PEERS = ("liger-kernel", "flash-attn", "quack-kernels", "apex", "lorafusion", "LowMemoryBP", "unsloth")
+PEERS = ("liger-kernel", "flash-attn", "quack-kernels", "apex", "lorafusion", "lomem", "unsloth")  # lomem: LowMemoryBP
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#000000")  # Okabe-Ito
 
 Row = dict[str, Any]

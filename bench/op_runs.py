@@ -128,6 +128,9 @@ def providers(
         if device.type != "cuda":
             refused[name] = "needs a GPU"
             continue
+        if compiled and name == "unsloth":
+            refused[name] = "its import changes torch.compile's settings: measured without --compile"
+            continue
         try:
             call = load()
         except Exception as error:  # a package's import may raise anything; the others go on

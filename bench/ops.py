@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -71,12 +72,12 @@ def masked(seed: Tensor, p: float) -> Drop:
 def _norm(t: Tensors, drop: Drop) -> Tensor:
     z = t["x"] + t["bias"] if "bias" in t else t["x"]
     z = drop(z) + t["residual"] if "residual" in t else z
-    return F.layer_norm(z, z.shape[-1:], t["gamma"], t["beta"], EPS)
+    return F.layer_norm(z, z.shape[-1:], t.get("gamma"), t.get("beta"), EPS)
 
 
 def _rms(t: Tensors, drop: Drop) -> Tensor:
     z = drop(t["x"]) + t["residual"] if "residual" in t else t["x"]
-    return F.rms_norm(z, z.shape[-1:], t["gamma"], EPS)
+    return F.rms_norm(z, z.shape[-1:], t.get("gamma"), EPS)
 
 
 def _our_norm(t: Tensors, p: float, seed: Tensor | None) -> Any:
@@ -130,6 +131,55 @@ def _apex_rms_norm() -> Callable[[Tensors], Any]:
     return lambda t: fused_rms_norm_affine(t["x"], t["gamma"], t["x"].shape[-1:], EPS)
 
 
+# LowMemoryBP's norms have no gamma and beta: its users fold them into the next projection. The derivatives of its
+# activations are step functions, kept in 2 bits: the gate finds them off and prints no time.
+def _lowmem_layer_norm() -> Callable[[Tensors], Any]:
+    from lomem.functional import layer_norm
+
+    return lambda t: layer_norm(t["x"], t["x"].shape[-1:], EPS)
+
+
+def _lowmem_rms_norm() -> Callable[[Tensors], Any]:
+    from lomem.functional import rms_norm
+
+    return lambda t: rms_norm(t["x"], t["x"].shape[-1:], EPS)
+
+
+def _lowmem_gelu() -> Callable[[Tensors], Any]:
+    from lomem.functional import regelu2
+
+    return lambda t: regelu2(t["u"] + t["bias"])
+
+
+def _lowmem_silu() -> Callable[[Tensors], Any]:
+    from lomem.functional import resilu2
+
+    return lambda t: resilu2(t["u"]) * t["gate"]
+
+
+# Unsloth's norms give gamma and beta no gradient, and write dx over dy: of calls that share a dy, as the timed ones do,
+# only the first computes the case, and all do the same work.
+def _unsloth_layer_norm() -> Callable[[Tensors], Any]:
+    from unsloth.kernels import fast_layernorm
+
+    return lambda t: fast_layernorm(
+        SimpleNamespace(weight=t["gamma"], bias=t["beta"], eps=EPS, elementwise_affine=True), t["x"]
+    )
+
+
+def _unsloth_rms_norm() -> Callable[[Tensors], Any]:
+    from unsloth.kernels import fast_rms_layernorm
+
+    return lambda t: fast_rms_layernorm(SimpleNamespace(weight=t["gamma"], eps=EPS), t["x"])
+
+
+def _unsloth_lora() -> Callable[[Tensors], Any]:
+    """Without a bias, which is added as PyTorch does: Unsloth leaves a projection that has one to PEFT."""
+    from unsloth.kernels.fast_lora import LoRA_W
+
+    return lambda t: LoRA_W.apply(t["x"].unsqueeze(0), t["w"], None, t["a"], t["b"], 2.0).squeeze(0) + t["c"]
+
+
 def _lorafusion() -> Callable[[Tensors], Any]:
     from lorafusion.ops.lora_v1 import fused_linear_lora
 
@@ -158,6 +208,8 @@ def _packed(t: Tensors, drop: Drop) -> tuple[Tensor, ...]:
 
 _NORM = {"x": "T H", "gamma": "H", "beta": "H"}
 _RMS = {"x": "T H", "gamma": "H"}
+_LAYER_NORMS = {"liger": _liger_layer_norm, "flash-attn": _flash_norm, "apex": _apex_layer_norm}
+_RMS_NORMS = {"liger": _liger_rms_norm, "flash-attn": _flash_norm, "quack": _quack_norm, "apex": _apex_rms_norm}
 _HEADS = {name: "B h S D" for name in "qkv"}
 _ATTENTION_FLOPS = "14*T*S*H"  # two products forward, five backward: the scores are computed again
 
@@ -166,7 +218,7 @@ def _lora_case(inside: str, outside: str, p: float, wide: bool, rank: str = "r")
     """K, N and rank in the letters of `sizes`; flops of the frozen product forward and back, the update's two
     products and their gradients."""
     K, N, r = inside, outside, rank
-    peers = {"lorafusion": _lorafusion} if r == "R" else {}
+    peers = {} if p else {"unsloth": _unsloth_lora} | ({"lorafusion": _lorafusion} if r == "R" else {})
     return OpCase(
         "lora_linear", f"{K} to {N} p={p}" + (" float32 adapter" if wide else "") + (" rank 16" if r == "R" else ""),
         {"x": f"T {K}", "w": f"{N} {K}", "c": N, "a": f"{r} {K}", "b": f"{N} {r}"}, ("w", "c"), _lora, _our_lora,
@@ -178,20 +230,28 @@ def _lora_case(inside: str, outside: str, p: float, wide: bool, rank: str = "r")
 _PROJECTIONS = {"x": "T H"} | {f"w{i}": "H H" for i in range(3)} | {f"c{i}": "H" for i in range(3)}
 
 CASES = (
-    OpCase("residual_norm", "layernorm", _NORM, (), _norm, _our_norm, "5*T*H*s",
-           peers={"liger": _liger_layer_norm, "flash-attn": _flash_norm, "apex": _apex_layer_norm}),
+    OpCase("residual_norm", "layernorm", _NORM, (), _norm, _our_norm, "5*T*H*s", peers=_LAYER_NORMS),
+    OpCase("residual_norm", "layernorm frozen", _NORM, ("gamma", "beta"), _norm, _our_norm, "5*T*H*s",
+           peers=_LAYER_NORMS | {"unsloth": _unsloth_layer_norm}),
+    OpCase("residual_norm", "layernorm bare", {"x": "T H"}, (), _norm,
+           lambda t, p, seed: residual_norm(t["x"], eps=EPS), "5*T*H*s", peers={"LowMemoryBP": _lowmem_layer_norm}),
     OpCase("residual_norm", "layernorm residual", _NORM | {"residual": "T H"}, (), _norm, _our_norm, "6*T*H*s",
            peers={"flash-attn": _flash_norm}),
     OpCase("residual_norm", "layernorm residual bias p=0.1", _NORM | {"residual": "T H", "bias": "H"}, (), _norm,
            _our_norm, "7*T*H*s", p=0.1),
-    OpCase("residual_norm", "rmsnorm", _RMS, (), _rms, _our_norm, "5*T*H*s",
-           peers={"liger": _liger_rms_norm, "flash-attn": _flash_norm, "quack": _quack_norm, "apex": _apex_rms_norm}),
+    OpCase("residual_norm", "rmsnorm", _RMS, (), _rms, _our_norm, "5*T*H*s", peers=_RMS_NORMS),
+    OpCase("residual_norm", "rmsnorm frozen", _RMS, ("gamma",), _rms, _our_norm, "5*T*H*s",
+           peers=_RMS_NORMS | {"unsloth": _unsloth_rms_norm}),
+    OpCase("residual_norm", "rmsnorm bare", {"x": "T H"}, (), _rms,
+           lambda t, p, seed: residual_norm(t["x"], eps=EPS, rms=True), "5*T*H*s",
+           peers={"LowMemoryBP": _lowmem_rms_norm}),
     OpCase("residual_norm", "rmsnorm residual", _RMS | {"residual": "T H"}, (), _rms, _our_norm, "6*T*H*s",
            peers={"flash-attn": _flash_norm, "quack": _quack_norm}),
     OpCase("bias_act", "gelu bias", {"u": "T N", "bias": "N"}, (), lambda t, drop: F.gelu(t["u"] + t["bias"]),
-           lambda t, p, seed: bias_act(t["u"], t["bias"]), "5*T*N*s"),
+           lambda t, p, seed: bias_act(t["u"], t["bias"]), "5*T*N*s", peers={"LowMemoryBP": _lowmem_gelu}),
     OpCase("bias_act", "silu gate", {"u": "T N", "gate": "T N"}, (), lambda t, drop: F.silu(t["u"]) * t["gate"],
-           lambda t, p, seed: bias_act(t["u"], act="silu", gate=t["gate"]), "8*T*N*s", peers={"liger": _liger_swiglu}),
+           lambda t, p, seed: bias_act(t["u"], act="silu", gate=t["gate"]), "8*T*N*s",
+           peers={"liger": _liger_swiglu, "LowMemoryBP": _lowmem_silu}),
     OpCase("column_sum", "bias gradient", {"x": "T N"}, ("x",), lambda t, drop: t["x"].sum(0, keepdim=True),
            lambda t, p, seed: column_sum(t["x"]), "T*N*s"),
     OpCase("dropout", "p=0.1", {"x": "T H"}, (), lambda t, drop: drop(t["x"]),
