@@ -5,7 +5,7 @@ float32, which does without AVX-512 on processors that are not Intel's, and copi
 
 Everything around the frozen matmul is arranged so that a result is written at most twice: once by the matmul (with the
 bias where its dtype allows) and once by `lora_adapter`, which adds the low-rank term: on the CPU csrc/cpu/
-lora_adapter.cpp where there is a mask, a cast or float32, else and on CUDA the functions here.
+lora_adapter.cpp, on CUDA the functions here.
 
 Low-rank terms in float32 beside 16-bit activations. An adapter in float32 must not lose its low bits, yet the result is
 16-bit and so is its matmul. Each float32 factor u is two 16-bit terms, u = high + low with an error of 2^-17 for bf16,
@@ -75,12 +75,6 @@ def _product(u: Tensor, v: Tensor, scale: float = 1.0) -> Tensor:
     return multiply(u.new_zeros([1] * u.dim()), u, v, beta=0.0, alpha=scale)
 
 
-def _plain(x: Tensor, a: Tensor, seed: Tensor | None) -> bool:
-    """Whether torch's bf16 products serve as they are: no mask, no cast, one replica. Mostly faster than the CPU's
-    kernel there (docs/kernels.md, lora_linear against PEFT's layer)."""
-    return seed is None and a.dtype == x.dtype == torch.bfloat16 and _small(a).dim() == 2
-
-
 def _columns(terms: list[tuple[Tensor, Tensor]], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """U and V of `dtype` with U V^T = sum of u v^T over the terms; see the top of the file for the split."""
     us, vs = [], []
@@ -140,9 +134,15 @@ def _forward(x, w, bias, a, b, bias_b, seed, p, scale, merged):
         _fold(rows, [(_ones(rows, c.dtype) * factor, _column(c, G)) for c, factor in columns])
     if a is not None and not merged:
         bias_b = None if bias_b is None else bias_b.contiguous()
-        add = lora_adapter if _plain(x, a, seed) else torch.ops.petune.lora_adapter
-        add(y, x, a.contiguous(), b.contiguous(), bias_b, seed, p, scale)
+        _adapter_kernels(x)[0](y, x, a.contiguous(), b.contiguous(), bias_b, seed, p, scale)
     return y
+
+
+def _adapter_kernels(x: Tensor) -> tuple[Callable, Callable]:
+    """lora_adapter and its backward: CUDA's are called as they are, not through the dispatcher and back."""
+    if meta.kind(x.device) == "cuda":
+        return lora_adapter, lora_adapter_backward
+    return torch.ops.petune.lora_adapter, torch.ops.petune.lora_adapter_backward
 
 
 def lora_adapter(y, x, a, b, bias_b, seed, p, scale):
@@ -199,8 +199,7 @@ def _backward(like, dy, x, w, a, b, seed, p, scale, groups, want_dx, want_da, wa
         if want_dsum[i]:
             dsum[i] = torch.ops.petune.column_sum(dy_i, groups)
         if a[i] is not None and (want_dx or want_da[i] or want_db[i]):
-            back = lora_adapter_backward if _plain(dy_i, a[i], seed[i]) else torch.ops.petune.lora_adapter_backward
-            da[i], db[i] = back(
+            da[i], db[i] = _adapter_kernels(dy_i)[1](
                 dx, dy_i, x, a[i].contiguous(), b[i].contiguous(), seed[i], p[i], scale[i], want_da[i], want_db[i]
             )
     da, db, dsum = ([like.new_empty([0]) if g is None else g for g in grads] for grads in (da, db, dsum))

@@ -19,7 +19,9 @@ namespace petune::cpu::PETUNE_ISA {
 constexpr int64_t kBlock = 16;    // rows at a time; whole in kAcrossRows
 constexpr int64_t kPanel = 1536;  // columns at a time: long runs in memory, yet three panels fit the second-level cache
 constexpr int64_t kPanelRow = kPanel + kLanes;
-constexpr int64_t kPiece = 128;  // rows whose sums are made together, at least
+
+// Rows whose sums are made together, at least: fewer where there are few, so that every thread has some.
+inline int64_t piece_rows(int64_t T, int64_t G) { return std::clamp<int64_t>(T / G / 8, 2 * kBlock, 8 * kBlock); }
 
 inline int64_t spaced(int64_t n) { return whole_vectors(n) + kLanes; }
 
@@ -41,7 +43,7 @@ struct Factors {
       for (int64_t n = 0; n < args.N; ++n)
         for (int64_t j = 0; j < args.r; ++j) {
           const int64_t at = (g * args.N + n) * args.r + j;
-          columns[j * b_row + n] = args.param_dtype == DType::bf16 ? load(static_cast<const bf16*>(args.b) + at, 1)[0]
+          columns[j * b_row + n] = args.param_dtype == DType::bf16 ? number(static_cast<const bf16*>(args.b)[at])
                                                                    : static_cast<const float*>(args.b)[at];
         }
     }
@@ -197,7 +199,10 @@ inline void finish(const LoraAdapterBackward& a, const RowChunks& chunks, int64_
   }
   if (a.db) {
     add(a.r * spaced(a.K) + j * spaced(a.N), a.N);
-    for (int64_t n = 0; n < a.N; ++n) write_small(a.db, a.param_dtype, (g * a.N + n) * a.r + j, 1, row.get() + n);
+    const auto scatter = [&](auto* db) {
+      for (int64_t n = 0; n < a.N; ++n) store(db + (g * a.N + n) * a.r + j, row.get()[n]);
+    };
+    a.param_dtype == DType::bf16 ? scatter(static_cast<bf16*>(a.db)) : scatter(static_cast<float*>(a.db));
   }
 }
 
@@ -211,7 +216,7 @@ inline void adapter_forward(const LoraAdapter& a) {
 }
 
 inline void adapter_backward(const LoraAdapterBackward& a) {
-  const RowChunks chunks(a.T, a.G, kPiece);
+  const RowChunks chunks(a.T, a.G, piece_rows(a.T, a.G));
   const Factors factors(a);
   const int64_t piece = piece_floats(a.r, a.K, a.N);
   parallel(a.G * chunks.per_replica, 1, [&](int64_t first, int64_t last) {
@@ -231,7 +236,7 @@ inline void adapter_backward(const LoraAdapterBackward& a) {
 }
 
 inline size_t workspace(const LoraAdapterBackward& a) {
-  const RowChunks chunks(a.T, a.G, kPiece);
+  const RowChunks chunks(a.T, a.G, piece_rows(a.T, a.G));
   return static_cast<size_t>(a.G * chunks.per_replica * piece_floats(a.r, a.K, a.N)) * sizeof(float);
 }
 

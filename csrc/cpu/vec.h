@@ -83,6 +83,22 @@ PETUNE_INLINE void store(bf16* p, f32v v) {
   std::memcpy(p, &half, sizeof half);
 }
 
+// One number: what moves against the grain of a matrix.
+PETUNE_INLINE float number(bf16 from) {
+  const uint32_t bits = static_cast<uint32_t>(from.bits) << 16;
+  float v;
+  std::memcpy(&v, &bits, sizeof v);
+  return v;
+}
+
+PETUNE_INLINE void store(float* p, float v) { *p = v; }
+
+PETUNE_INLINE void store(bf16* p, float v) {
+  bf16 rounded[kLanes];
+  store(rounded, splat(v));
+  *p = rounded[0];
+}
+
 // Bytes as whole numbers.
 PETUNE_INLINE f32v load(const uint8_t* p) {
 #if PETUNE_LEVEL == 2
