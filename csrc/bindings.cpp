@@ -10,6 +10,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -57,13 +58,33 @@ const void* read(const MaybeTensor& t) { return t ? read(*t) : nullptr; }
 
 void* write(Tensor& t) { return t.data_ptr(); }
 
+// A tensor beside `like`, of its dtype unless another is named. Not torch::stable::new_empty, which finds its op by
+// name at each call: that costs three times as much, and a call makes up to six.
+Tensor strided(const Tensor& like, const Shape& shape, const Shape& strides, std::optional<int32_t> dtype = {}) {
+  int32_t own = 0, device_type = 0, device_index = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &own));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  AtenTensorHandle made = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(),
+                                                         strides.data(), dtype.value_or(own), device_type, device_index,
+                                                         &made));
+  return Tensor(made);
+}
+
+Tensor dense(const Tensor& like, const Shape& shape, std::optional<int32_t> dtype = {}) {
+  Shape strides(shape.size(), 1);
+  for (size_t i = shape.size(); i-- > 1;) strides[i - 1] = strides[i] * std::max<int64_t>(shape[i], 1);
+  return strided(like, shape, strides, dtype);
+}
+
 // An output of a fixed-arity op: the real thing, or [0] where nobody asked for it.
 struct Output {
   Tensor tensor;
   bool wanted;
 
   Output(bool wanted, const Tensor& like, const Shape& shape)
-      : tensor(torch::stable::new_empty(like, wanted ? shape : Shape{0})), wanted(wanted) {}
+      : tensor(dense(like, wanted ? shape : Shape{0})), wanted(wanted) {}
   void* data() { return wanted ? tensor.data_ptr() : nullptr; }
 };
 
@@ -134,7 +155,7 @@ struct Launch {
   explicit Launch(const Tensor&) {}
   Stream stream() const { return nullptr; }
   static Tensor workspace(const Tensor& like, size_t bytes) {
-    return torch::stable::new_empty(like, {static_cast<int64_t>(bytes)}, ScalarType::Byte);
+    return dense(like, {static_cast<int64_t>(bytes)}, aoti_torch_dtype_uint8());
   }
 #endif
 };
@@ -147,7 +168,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> residual_norm(Tensor x, MaybeTensor b
   const Seed seeds(seed, T);
   const Launch launch(x);
   Output y(true, x, {T, H}), z(want_z, x, {T, H}), xhat(want_xhat, x, {T, H});
-  Tensor rstd = torch::stable::new_empty(x, Shape{T}, ScalarType::Float);
+  Tensor rstd = dense(x, {T}, aoti_torch_dtype_float32());
   kernels::residual_norm({T,
                           H,
                           params.G,
@@ -246,7 +267,7 @@ std::tuple<Tensor, Tensor> bias_act_coded(Tensor u, MaybeTensor bias, int64_t ac
   const Small params({&bias}, T, N);
   const Launch launch(u);
   Output h(true, u, {T, N});
-  Tensor code = torch::stable::new_empty(u, Shape{T, N}, ScalarType::Byte);
+  Tensor code = dense(u, {T, N}, aoti_torch_dtype_uint8());
   kernels::bias_act({T, N, params.G, dtype_of(u), params.dtype, read(u), read(bias), nullptr, static_cast<Act>(act),
                      h.data(), static_cast<uint8_t*>(write(code))},
                     launch.stream());
@@ -286,7 +307,7 @@ Tensor column_sum(Tensor x, int64_t groups) {
   const int64_t T = x.size(0), N = x.size(1);
   STD_TORCH_CHECK(groups > 0 && T % groups == 0, "petune: groups do not divide the rows");
   const Launch launch(x);
-  Tensor out = torch::stable::new_empty(x, Shape{groups, N}, ScalarType::Float);
+  Tensor out = dense(x, {groups, N}, aoti_torch_dtype_float32());
   ColumnSum args{T, N, groups, dtype_of(x), read(x), static_cast<float*>(write(out)), nullptr};
   Tensor workspace = Launch::workspace(x, kernels::column_sum_workspace(args));
   args.workspace = write(workspace);
@@ -310,8 +331,8 @@ Strides strides_of(const Tensor& t) {
 
 // [B, h, n, D], laid out [B, n, h, D] in memory as schema.py says.
 Tensor new_heads(const Tensor& like) {
-  return torch::stable::transpose(
-      torch::stable::new_empty(like, Shape{like.size(0), like.size(2), like.size(1), like.size(3)}), 1, 2);
+  const int64_t h = like.size(1), n = like.size(2), D = like.size(3);
+  return strided(like, shape_of(like), {n * h * D, D, h * D, 1});
 }
 
 Attention attention_args(const Tensor& q, const Tensor& k, const Tensor& v, const MaybeTensor& mask,
