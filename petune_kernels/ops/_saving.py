@@ -16,6 +16,7 @@ kept and what is made again is the compiler's to decide.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import threading
 from collections import Counter
@@ -82,22 +83,35 @@ class Slot(Recipe):
 
 def save(ctx: Any, *items: Item) -> None:
     """save_for_backward for tensors, None and recipes; `load` gives them back in the same order."""
-    if not any(isinstance(item, Recipe) for item in items):
-        ctx.save_for_backward(*items)
-        ctx.items = None
-        return
-    whole = Recipe(_together, *items)
-    ctx.save_for_backward(*whole.leaves())
-    ctx.items = whole.bare()
+    kept: list[Tensor | None] = []
+    bare: list[Recipe | None] = []
+    for item in items:
+        if isinstance(item, Recipe):
+            kept.extend(item.leaves())
+            bare.append(item.bare())
+        else:
+            kept.append(item)
+            bare.append(None)
+    ctx.save_for_backward(*kept)
+    ctx.bare = bare if any(bare) else None
 
 
 def load(ctx: Any) -> Sequence[Any]:
-    kept = ctx.saved_tensors
-    return kept if ctx.items is None else ctx.items.again(iter(kept))
+    if ctx.bare is None:
+        return ctx.saved_tensors
+    kept = iter(ctx.saved_tensors)
+    return [next(kept) if recipe is None else recipe.again(kept) for recipe in ctx.bare]
 
 
-def _together(*values: Any) -> tuple[Any, ...]:
-    return values
+def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """torch's, without its cost where no second derivative is asked for: gradients are off then."""
+    checked = torch.autograd.function.once_differentiable(backward)
+
+    @functools.wraps(backward)
+    def wrapper(ctx: Any, *dy: Any) -> Any:
+        return (checked if torch.is_grad_enabled() else backward)(ctx, *dy)
+
+    return wrapper
 
 
 def describe(t: Tensor, recipe: Recipe) -> None:

@@ -59,7 +59,7 @@ class Attention(torch.autograd.Function):
         return pick("attention", q)(q, *_per_head(q, k, v), mask, seed, p, scale, causal)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @saving.once_differentiable
     def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         q, k, v, mask, seed = saving.load(ctx)
         dq, *dkv = pick("attention_backward", q)(
@@ -85,7 +85,7 @@ class NativeAgain(torch.autograd.Function):
         return _sdpa(q, k, v, mask, p, scale, causal)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @saving.once_differentiable
     def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         *qkv, mask = saving.load(ctx)
         wants = ctx.needs_input_grad[:3]

@@ -55,7 +55,7 @@ class BiasAct(torch.autograd.Function):
         return h
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @saving.once_differentiable
     def backward(ctx: Any, dh: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         u, bias, gate = saving.load(ctx)
         wants, lead = ctx.needs_input_grad[:3], dh.shape[:-1]
@@ -81,7 +81,7 @@ class BiasActCoded(torch.autograd.Function):
         return check.in_shape(h, u.shape[:-1])
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @saving.once_differentiable
     def backward(ctx: Any, dh: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         code, bias = ctx.saved_tensors
         wants, lead = ctx.needs_input_grad[:2], dh.shape[:-1]

@@ -33,7 +33,7 @@ class Dropout(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @saving.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
         (seed,) = ctx.saved_tensors
         return pick("dropout", dy)(dy.contiguous(), seed, ctx.p), None, None

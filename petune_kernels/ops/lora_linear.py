@@ -53,9 +53,8 @@ class LoraLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, p: tuple, scale: tuple, groups: int, merged: bool, *tensors: Any) -> Any:
         n = len(p)
         w, bias, a, b, bias_b, seed = (list(tensors[i * n : (i + 1) * n]) for i in range(6))
-        y = pick("lora_linear", x)(
-            check.as_rows(x), [m.to(x.dtype) for m in w], bias, a, b, bias_b, seed, list(p), list(scale), merged
-        )
+        own = [m if m.dtype == x.dtype else m.to(x.dtype) for m in w]
+        y = pick("lora_linear", x)(check.as_rows(x), own, bias, a, b, bias_b, seed, list(p), list(scale), merged)
         need = ctx.needs_input_grad[5:]
         need_x = any(need[:n]) or any(need[2 * n : 4 * n])  # W, A, B
         saving.save(ctx, saving.known(x) if need_x else None, *w, *bias, *a, *b, *bias_b, *seed)
@@ -64,7 +63,7 @@ class LoraLinear(torch.autograd.Function):
         return tuple(check.in_shape(one, x.shape[:-1]) for one in y)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @saving.once_differentiable
     def backward(ctx: Any, *dy: Tensor | None) -> Any:
         n = len(ctx.p)
         x, *saved = saving.load(ctx)
@@ -78,7 +77,7 @@ class LoraLinear(torch.autograd.Function):
         rows = [check.as_rows(check.dense(d)) for d in dy]
         x = check.as_rows(x)
         dx, da, db, dsum = pick("lora_linear_backward", like)(
-            rows, x, [m.to(like.dtype) for m in w], a, b, seed, list(ctx.p), list(ctx.scale), ctx.groups,
+            rows, x, [m if m.dtype == like.dtype else m.to(like.dtype) for m in w], a, b, seed, list(ctx.p), list(ctx.scale), ctx.groups,
             ctx.needs_input_grad[0], want_a, want_b, want_dsum,
         )  # fmt: skip
         dw, dbias, dbias_b = ([None] * n for _ in range(3))  # type: tuple[list[Any], list[Any], list[Any]]

@@ -39,7 +39,7 @@ class PackedLinear(torch.autograd.Function):
         return check.in_shape(y, x.shape[:-1])
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @saving.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Any:
         n = ctx.n
         x, *saved = saving.load(ctx)

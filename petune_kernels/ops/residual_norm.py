@@ -72,7 +72,7 @@ class ResidualNorm(torch.autograd.Function):
         return y, z
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @saving.once_differentiable
     def backward(ctx: Any, dy: Tensor | None, dz: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         row, rstd, bias, gamma, beta, seed = saving.load(ctx)
         want_x, want_bias, want_residual, want_gamma, want_beta = ctx.needs_input_grad[:5]
