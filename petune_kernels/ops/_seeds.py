@@ -31,11 +31,12 @@ class Sources:
         for generators in self._generators.values():
             generators[g].manual_seed(seed)
 
-    def draw(self, device: torch.device) -> torch.Tensor:
-        """int64 [G]: for each active replica what it alone would draw now."""
+    def draw(self, device: torch.device, n: int) -> torch.Tensor:
+        """int64 [n, G]: for each active replica the n that it alone would draw now."""
         if device not in self._generators:
             self._generators[device] = [torch.Generator(device).manual_seed(s) for s in self._seeds]
-        return torch.cat([_draw(device, 1, self._generators[device][g]) for g in self.active])
+        each = torch.stack([_draw(device, n, self._generators[device][g]) for g in self.active])
+        return each.T.contiguous()
 
     def state(self) -> Any:
         return list(self._seeds), {d: [g.get_state() for g in gs] for d, gs in self._generators.items()}
@@ -65,13 +66,20 @@ def _draw(device: torch.device, count: int, generator: torch.Generator | None) -
     return torch.randint(-(2**63), 2**63 - 1, (count,), dtype=torch.int64, device=device, generator=generator)
 
 
-def new_seed(device: torch.device, count: int = 1) -> torch.Tensor:
-    """int64 [count] on `device`; [G] in a packed run of G replicas, where count is 1 or G."""
+def new_seeds(n: int, device: torch.device, count: int = 1) -> Sequence[torch.Tensor]:
+    """n seeds, each int64 [count] on `device`; [G] in a packed run of G replicas, where count is 1 or G.
+
+    Drawn at once: on a GPU a draw is a launch.
+    """
     if _sources is None:
-        return _draw(device, count, None)
+        return _draw(device, n * count, None).view(n, count).unbind()
     if count not in (1, len(_sources)):
         raise ValueError(f"{count} replicas of a parameter in a packed run of {len(_sources)}; they must agree")
-    return _sources.draw(device)
+    return _sources.draw(device, n).unbind()
+
+
+def new_seed(device: torch.device, count: int = 1) -> torch.Tensor:
+    return new_seeds(1, device, count)[0]
 
 
 def state(device: torch.device) -> Any:

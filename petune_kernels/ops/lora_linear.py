@@ -34,7 +34,7 @@ from .. import matmul  # noqa: F401  (registers the ops' matmul kernels)
 from ..backends import pick
 from . import _checks as check
 from . import _saving as saving
-from ._seeds import new_seed
+from ._seeds import new_seeds
 
 PATHS = ("auto", "adapter", "merged")
 
@@ -53,8 +53,9 @@ class LoraLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, p: tuple, scale: tuple, groups: int, merged: bool, *tensors: Any) -> Any:
         n = len(p)
         w, bias, a, b, bias_b, seed = (list(tensors[i * n : (i + 1) * n]) for i in range(6))
-        own = [m if m.dtype == x.dtype else m.to(x.dtype) for m in w]
-        y = pick("lora_linear", x)(check.as_rows(x), own, bias, a, b, bias_b, seed, list(p), list(scale), merged)
+        y = pick("lora_linear", x)(
+            check.as_rows(x), _cast(w, x.dtype), bias, a, b, bias_b, seed, list(p), list(scale), merged
+        )
         need = ctx.needs_input_grad[5:]
         need_x = any(need[:n]) or any(need[2 * n : 4 * n])  # W, A, B
         saving.save(ctx, saving.known(x) if need_x else None, *w, *bias, *a, *b, *bias_b, *seed)
@@ -77,7 +78,7 @@ class LoraLinear(torch.autograd.Function):
         rows = [check.as_rows(check.dense(d)) for d in dy]
         x = check.as_rows(x)
         dx, da, db, dsum = pick("lora_linear_backward", like)(
-            rows, x, [m if m.dtype == like.dtype else m.to(like.dtype) for m in w], a, b, seed, list(ctx.p), list(ctx.scale), ctx.groups,
+            rows, x, _cast(w, like.dtype), a, b, seed, list(ctx.p), list(ctx.scale), ctx.groups,
             ctx.needs_input_grad[0], want_a, want_b, want_dsum,
         )  # fmt: skip
         dw, dbias, dbias_b = ([None] * n for _ in range(3))  # type: tuple[list[Any], list[Any], list[Any]]
@@ -92,6 +93,10 @@ class LoraLinear(torch.autograd.Function):
         db = [g if wanted else None for g, wanted in zip(db, want_b, strict=True)]
         return (check.in_shape(dx, like.shape[:-1]) if ctx.needs_input_grad[0] else None, *(None,) * 4,
                 *dw, *dbias, *da, *db, *dbias_b, *(None,) * n)  # fmt: skip
+
+
+def _cast(w: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    return [m if m.dtype == dtype else m.to(dtype) for m in w]
 
 
 def bias_gradient(dsum: Tensor, bias: Tensor) -> Tensor:
@@ -253,6 +258,7 @@ def lora_linear(
                     f"{op}: a[{i}] has {g} replicas; they must divide the {T} rows of x and agree with the others' {G}"
                 )
             G = g
+    unseeded = []
     for i in range(n):
         if as_[i] is not None and G != (1 if as_[i].dim() == 2 else as_[i].shape[0]):
             raise ValueError(f"{op}: a[{i}] has shape {tuple(as_[i].shape)}; another parameter has {G} replicas")
@@ -260,7 +266,10 @@ def lora_linear(
         if ps[i] == 0.0 or as_[i] is None:
             seeds[i] = None
         elif seeds[i] is None:
-            seeds[i] = new_seed(x.device, G)
+            unseeded.append(i)
+    if unseeded:
+        for i, seed_i in zip(unseeded, new_seeds(len(unseeded), x.device, G), strict=True):
+            seeds[i] = seed_i
     ps = [float(q) if s is not None else 0.0 for q, s in zip(ps, seeds, strict=True)]
     merged = choose_path(path, x, T, G, ps)
     y = LoraLinear.apply(

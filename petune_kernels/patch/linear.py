@@ -46,14 +46,18 @@ class Projection(NamedTuple):
         return x.dtype == self.w.dtype and len(adapter) <= 1 and all(t.dtype in allowed for t in given)
 
 
+_TENSORS = (nn.Parameter, Tensor)
+
+
 def projection(module: nn.Module) -> Projection | None:
     """What a plain nn.Linear computes; None where its own forward must run: another class, hooks, a forward that
     somebody replaced (a pattern of ours is no obstacle), or a weight that is no plain tensor (quantised, sharded)."""
     if type(module) is not nn.Linear or has_hooks(module) or foreign_forward(module):
         return None
-    if any(t is not None and type(t) not in (nn.Parameter, Tensor) for t in (module.weight, module.bias)):
+    w, bias = module.weight, module.bias  # looked up once: nn.Module finds a parameter slowly
+    if type(w) not in _TENSORS or not (bias is None or type(bias) in _TENSORS):
         return None
-    return Projection(module.weight, module.bias)
+    return Projection(w, bias)
 
 
 def _parts(module: nn.Module, call: Call | None) -> Sequence[Parts]:

@@ -29,6 +29,16 @@ def test_each_replica_draws_what_it_would_alone_and_torchs_generator_stays() -> 
     assert _seeds.new_seed(CPU).shape == (1,), "outside, torch's own generator again"
 
 
+def test_several_at_once_are_those_drawn_one_by_one() -> None:
+    torch.manual_seed(3)
+    assert [int(seed) for seed in _seeds.new_seeds(3, CPU)] == alone(3, 3)
+    torch.manual_seed(3)
+    assert torch.cat(list(_seeds.new_seeds(3, CPU, 2))).tolist() == alone(3, 6)
+    with _seeds.replicated(_seeds.Sources([3, 4])):
+        found = [seed.tolist() for seed in _seeds.new_seeds(3, CPU, 2)]
+    assert found == [list(pair) for pair in zip(alone(3, 3), alone(4, 3), strict=True)]
+
+
 def test_seeding_again_leaving_and_coming_back() -> None:
     sources = _seeds.Sources([3, 4, 5])
     with _seeds.replicated(sources):
