@@ -54,7 +54,7 @@ class ResidualNorm(torch.autograd.Function):
         rms: bool,
         want_z: bool,
         place: saving.Place | None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> Tensor | tuple[Tensor, Tensor]:
         lead, x, residual = x.shape[:-1], check.as_rows(x), check.as_rows(residual)
         keep_z = want_z or is_z(bias, residual, seed)
         y, z, xhat, rstd = pick("residual_norm", x)(
@@ -64,24 +64,24 @@ class ResidualNorm(torch.autograd.Function):
         if place:
             row, rstd = place.slots(2)
         saving.save(ctx, row, rstd, bias, gamma, beta, seed)
-        y, z = check.in_shape(y, lead), check.in_shape(z, lead) if want_z else z
+        y = check.in_shape(y, lead)
         again = partial(_normed_again, eps, rms) if keep_z else _affine
         saving.describe(y, saving.Recipe(again, row, saving.small(gamma), saving.small(beta)))
-        ctx.p, ctx.rms, ctx.want_z, ctx.row_is_z = p, rms, want_z, keep_z
+        ctx.p, ctx.rms, ctx.row_is_z = p, rms, keep_z
         ctx.set_materialize_grads(False)
-        return y, z
+        return (y, check.in_shape(z, lead)) if want_z else y
 
     @staticmethod
     @saving.once_differentiable
-    def backward(ctx: Any, dy: Tensor | None, dz: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor | None, dz: Tensor | None = None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         row, rstd, bias, gamma, beta, seed = saving.load(ctx)
         want_x, want_bias, want_residual, want_gamma, want_beta = ctx.needs_input_grad[:5]
         if dy is None:
-            if dz is None or not ctx.want_z:
+            if dz is None:
                 return (None,) * 11
             dy = torch.zeros_like(dz)
         lead, dy = dy.shape[:-1], check.as_rows(check.dense(dy))
-        dz = check.as_rows(check.dense(dz)) if ctx.want_z else None
+        dz = check.as_rows(check.dense(dz))
         # without dropout dx is dresidual: one tensor, written once
         want_dx = want_x and seed is not None
         dresidual, dx, dbias, dgamma, dbeta = pick("residual_norm_backward", dy)(
@@ -177,14 +177,13 @@ def residual_norm(
     tracked = (x, bias, residual, gamma, beta)
     place = saving.place()
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tracked):
-        y, z = ResidualNorm.apply(x, bias, residual, gamma, beta, seed, p, eps, rms, return_z, place)
-    else:
-        lead, keep_z = x.shape[:-1], return_z or is_z(bias, residual, seed)
-        x, residual = check.as_rows(x), check.as_rows(residual)
-        y, z, xhat, rstd = pick(op, x)(
-            x, bias, residual, gamma, beta, seed, p, eps, rms, return_z, place is not None and not keep_z
-        )
-        if place:
-            place.leave(xhat if not keep_z else z if return_z else x, rstd)
-        y, z = check.in_shape(y, lead), check.in_shape(z, lead) if return_z else z
-    return (y, z) if return_z else y
+        return ResidualNorm.apply(x, bias, residual, gamma, beta, seed, p, eps, rms, return_z, place)
+    lead, keep_z = x.shape[:-1], return_z or is_z(bias, residual, seed)
+    x, residual = check.as_rows(x), check.as_rows(residual)
+    y, z, xhat, rstd = pick(op, x)(
+        x, bias, residual, gamma, beta, seed, p, eps, rms, return_z, place is not None and not keep_z
+    )
+    if place:
+        place.leave(xhat if not keep_z else z if return_z else x, rstd)
+    y = check.in_shape(y, lead)
+    return (y, check.in_shape(z, lead)) if return_z else y
