@@ -107,14 +107,17 @@ def is_z(bias: Tensor | None, residual: Tensor | None, seed: Tensor | None) -> b
 
 def _affine(xhat: Tensor, gamma: Tensor | None, beta: Tensor | None) -> Tensor:
     """y from x-hat, rounded once more."""
-    if gamma is None and beta is None:
-        return xhat
     H = xhat.shape[1]
-    G = max(t.numel() // H for t in (gamma, beta) if t is not None)
-    rows = xhat.view(G, -1, H)
-    one, zero = (rows.new_tensor(c) for c in (1.0, 0.0))
-    gamma, beta = (c if t is None else t.view(-1, 1, H) for t, c in ((gamma, one), (beta, zero)))
-    return torch.addcmul(beta, rows, gamma).view_as(xhat).to(xhat.dtype)
+    G = max((t.numel() // H for t in (gamma, beta) if t is not None), default=1)
+    y = xhat.view(G, -1, H)
+    gamma, beta = (None if t is None else t.view(-1, 1, H) for t in (gamma, beta))
+    if gamma is not None and beta is not None:
+        y = torch.addcmul(beta, y, gamma)
+    elif gamma is not None:
+        y = y * gamma
+    elif beta is not None:
+        y = y + beta
+    return y.view_as(xhat).to(xhat.dtype)
 
 
 def _normed_again(eps: float, rms: bool, z: Tensor, gamma: Tensor | None, beta: Tensor | None) -> Tensor:
