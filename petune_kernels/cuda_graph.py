@@ -41,9 +41,14 @@ class Recorder:
             now.wait_stream(self._stream)
 
     def record(self, function: Callable[[], None]) -> Callable[[], None]:
-        """Captures it, which runs none of its kernels; returns what replays them."""
+        """Captures it, which runs none of its kernels; returns what replays them.
+
+        TorchScript specialises a function at its second run with a shape, which on a GPU compiles and loads kernels.
+        Meanwhile it does not: what is specialised already runs so, all else op by op.
+        """
         graph = torch.cuda.CUDAGraph()
         with (
+            torch.jit.optimized_execution(False),
             torch.cuda.device(self._device),
             torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"),
         ):
