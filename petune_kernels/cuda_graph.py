@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 WARM = 3
 
@@ -41,9 +44,14 @@ class Recorder:
             now.wait_stream(self._stream)
 
     def record(self, function: Callable[[], None]) -> Callable[[], None]:
-        """Captures it, which runs none of its kernels; returns what replays them."""
+        """Captures it, which runs none of its kernels; returns what replays them.
+
+        TorchScript specialises a function at its second run with a shape, which on a GPU compiles and loads kernels.
+        Meanwhile it does not: what is specialised already runs so, all else op by op.
+        """
         graph = torch.cuda.CUDAGraph()
         with (
+            torch.jit.optimized_execution(False),
             torch.cuda.device(self._device),
             torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"),
         ):
@@ -55,3 +63,26 @@ class Recorder:
         torch.cuda.synchronize(self._device)
         torch.cuda.empty_cache()
         return torch.cuda.memory_reserved(self._device)
+
+
+class HostNumbers(TorchDispatchMode):
+    """Within it a number that a model makes on the host and copies to the device is written there by a kernel.
+
+    A capture takes no copy of memory that is not pinned, and DeBERTa's positions make one, torch.tensor(n).type_as(x).
+    The number becomes part of the graph, as one on the host that a kernel is given always does.
+    """
+
+    supports_higher_order_operators = True
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        return True  # a compiled function inside stays compiled
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.ops.aten._to_copy.default and kwargs.get("device") is not None:
+            source: Tensor = args[0]
+            if source.device.type == "cpu" != kwargs["device"].type and source.numel() == 1:
+                dtype = kwargs.get("dtype") or source.dtype
+                return torch.full(source.shape, source.item(), dtype=dtype, device=kwargs["device"])
+        return func(*args, **kwargs)

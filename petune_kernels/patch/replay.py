@@ -65,8 +65,9 @@ class Graph:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             recorder.warm(self._once)
             before = recorder.reserved()
-            self._replay_forward = recorder.record(self._run_forward)
-            self._replay_backward = recorder.record(self._run_backward) if self._given else None
+            with cuda_graph.HostNumbers():
+                self._replay_forward = recorder.record(self._run_forward)
+                self._replay_backward = recorder.record(self._run_backward) if self._given else None
         self._live = []
         with torch.no_grad():
             for buffer, value in buffers:

@@ -1,0 +1,125 @@
+"""What capturing does beside torch.cuda.graph, as far as a CPU shows it; and what its stand-in must not miss."""
+
+from __future__ import annotations
+
+import contextlib
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from petune_kernels import cuda_graph
+from petune_kernels.patch import memory
+
+from .patch import models
+from .recorder import Recorder
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def scaled() -> Any:
+    def scaled(x: Tensor, y: float) -> Tensor:
+        return torch.tensor(y).log() * x
+
+    return _script(scaled)
+
+
+def _script(function: Any) -> Any:
+    with pytest.warns(DeprecationWarning):
+        return torch.jit.script(function)
+
+
+def test_a_number_made_by_torchscript_is_replayed(scaled: Any) -> None:
+    """The suite poisons fresh memory, which the recorder sees, and not what TorchScript writes over it."""
+    x, y = torch.ones(3), torch.zeros(3)
+    replay = Recorder(CPU).record(lambda: y.copy_(scaled(x, 8.0)))
+    for value in (1.0, 2.0):
+        x.fill_(value)
+        replay()
+        torch.testing.assert_close(y, x * torch.tensor(8.0).log())
+
+
+def test_torchscript_does_not_specialise_in_a_capture(scaled: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the second run with a shape it would, and on a GPU compile and load kernels."""
+    for name in ("graph", "device"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, **__: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=None))
+    recorder = cuda_graph.Recorder.__new__(cuda_graph.Recorder)
+    recorder._device, recorder._pool, recorder._stream = CPU, None, None  # type: ignore[assignment]
+
+    def run() -> None:
+        scaled(torch.ones(3), 2.0)
+
+    run()
+    recorder.record(run)
+    assert not _specialised(scaled)
+    run()
+    assert _specialised(scaled)
+
+
+def _specialised(function: Any) -> bool:
+    try:
+        return bool(function.get_debug_state().execution_plans)
+    except RuntimeError as error:  # it asserts that there is a plan
+        assert "optimized_plan_" in str(error)
+        return False
+
+
+class _Crossing(TorchDispatchMode):
+    """Ops from the host to the device or back: no capture takes them, but for a number that a kernel is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ops: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        given, made = ({t.device for t in tree_leaves(x) if isinstance(t, Tensor)} for x in ((args, kwargs), out))
+        if func in (torch.ops.aten.copy_.default, torch.ops.aten._to_copy.default) and len(given | made) > 1:
+            self.ops.append(str(func))
+        return out
+
+
+@pytest.mark.parametrize("family", ("bert", "roberta", "electra", "distilbert", "deberta-v2", "esm", "vit"))
+def test_no_host_memory_is_copied_in_a_stack(family: str) -> None:
+    """On the meta device, which stands for a GPU. (Other stacks ask for values of their mask outside of a capture.)"""
+    model, calls = models.build(family, dropout=False).train(), list[Any]()
+    layer = next(filter(memory._is_layer, model.modules()))
+    parents = {child: m for m in model.modules() for child in m.children()}
+    stack = parents[parents[layer]]
+    stack.register_forward_pre_hook(lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True)
+    model(**models.batch(family, S=8))
+    args, kwargs = tree_map_only(Tensor, lambda t: t.detach().to("meta"), calls[0])
+    stack.to("meta")
+    with _Crossing() as seen, cuda_graph.HostNumbers():
+        stack(*args, **kwargs)
+    with _Crossing() as otherwise:
+        stack(*args, **kwargs)
+    assert not seen.ops and bool(otherwise.ops) == (family == "deberta-v2")
+
+
+def test_numbers_of_the_host_keep_value_shape_and_dtype() -> None:
+    with cuda_graph.HostNumbers():
+        here = torch.tensor([2.5]).to(torch.float64)
+        there = torch.tensor([[3]]).to("meta", torch.bfloat16)
+        many = torch.arange(3.0).to("meta")
+    assert here.equal(torch.tensor([2.5], dtype=torch.float64))
+    assert there.shape == (1, 1) and there.dtype == torch.bfloat16 and there.is_meta
+    assert many.shape == (3,) and many.is_meta
+
+
+def test_a_compiled_function_stays_compiled_among_numbers_of_the_host() -> None:
+    ran = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        return lambda *args: ran.append(1) or graph(*args)
+
+    double = torch.compile(lambda x: 2 * x, backend=backend)
+    with cuda_graph.HostNumbers():
+        assert double(torch.ones(2)).equal(torch.full((2,), 2.0))
+    assert ran
