@@ -60,6 +60,10 @@ def is_patched(model: nn.Module) -> bool:
     return any(pattern.pattern_of(module) for module in model.modules())
 
 
+# the second is the name before transformers renamed it
+CHECKPOINTING = next(n for n in ("activation_checkpointing", "gradient_checkpointing") if hasattr(TrainingArguments, n))
+
+
 def train(family: str, fused: bool, out: Path, regime: str = "layernorm", **arguments: Any) -> Trainer:
     model = build(family)
     pk.tune(model, regime)
@@ -76,7 +80,7 @@ def train(family: str, fused: bool, out: Path, regime: str = "layernorm", **argu
     [(family, {}) for family in FAMILIES]
     + [
         ("bert", {"gradient_accumulation_steps": 2, "max_grad_norm": 0.05}),
-        ("bert", {"activation_checkpointing": True, "regime": "full"}),
+        ("bert", {CHECKPOINTING: True, "regime": "full"}),
         ("bert", {"bf16": True, "tol": 2e-2}),
         ("bert", {"torch_compile": True, "torch_compile_backend": "aot_eager"}),
     ],
