@@ -359,7 +359,7 @@ def _outer(
         source, tuple(lows), tuple(seeds), tuple(partials), partial_sums, rows, per,
         tuple(T // _seeds(s) for s in seeds), tuple(threshold(q) for q in p), G, ranks=ranks, C=C,
         TRANSPOSED=transposed, ROWS=64 if narrow else 32, COLS=cols, RANK=block,
-        TERMS=3 if mixed else 1, PRECISION=_precision(), num_stages=3 if narrow or len(lows) > 1 else 2,
+        TERMS=3 if mixed else 1, PRECISION=_precision(), num_stages=3 if len(lows) > 1 or (narrow and not mixed) else 2,
         num_warps=8 if mixed or len(lows) > 1 or not narrow else 4,
     )  # fmt: skip
     for partial, out, factor in zip(partials, outs, factors, strict=True):
