@@ -230,11 +230,12 @@ def _project(source: Tensor, inner: Tensor, by_rank: bool, seed: Tensor | None, 
     """low [T, r] in inner's dtype; inner is [.., r, C] if by_rank, else [.., C, r]."""
     T, C = source.shape
     R, G = inner.shape[-2] if by_rank else inner.shape[-1], _groups(inner)
-    low, block, mixed = source.new_empty([T, R], dtype=inner.dtype), _rank_block(R), inner.dtype != source.dtype
-    cols = 64 if source.element_size() == 2 and seed is None else 32
-    project_kernel[(triton.cdiv(T // G, 64), G, triton.cdiv(R, block))](
+    mixed, narrow = inner.dtype != source.dtype, source.element_size() == 2
+    low, block = source.new_empty([T, R], dtype=inner.dtype), _rank_block(R)
+    rows, cols = 64 if narrow else 32, 64 if narrow and seed is None else 32
+    project_kernel[(triton.cdiv(T // G, rows), G, triton.cdiv(R, block))](
         source, inner, low, seed, T // G, T // _seeds(seed), threshold(p), scale / (1.0 - p), 1 if by_rank else R,
-        C if by_rank else 1, R * C, R=R, C=C, ROWS=64, COLS=cols, RANK=block,
+        C if by_rank else 1, R * C, R=R, C=C, ROWS=rows, COLS=cols, RANK=block,
         TERMS=3 if mixed else 1, PRECISION=_precision(), num_warps=8 if mixed and block > 16 else 4, num_stages=4,
     )  # fmt: skip
     return low
@@ -253,7 +254,7 @@ def _matmul(
     rank = 16 if mixed or not (fused or narrow) else _rank_block(*ranks)
     masks = sum(s is not None for s in seeds)
     if masks > 1 or (len(sources) > 1 and not narrow):  # ptxas keeps what masks and products share alive across them
-        stages = config.stages if narrow or masks else 2
+        stages = 2 if fused and not narrow else config.stages
         config = Config(min(config.rows, 64), min(config.cols, 64), config.depth, 8, stages)
     elif max(ranks) > (rank if masks else 2 * rank):  # and the addresses of a product's steps
         config = Config(config.rows, min(config.cols, 64), config.depth, config.warps, config.stages)
@@ -345,7 +346,7 @@ def _outer(
     rows, ranks = T // G, tuple(m.shape[1] for m in lows)
     mixed, narrow = any(m.dtype != source.dtype for m in lows), source.element_size() == 2
     block = 16 if len(lows) > 1 and (mixed or not narrow) else _rank_block(*ranks)
-    plain = len(lows) == 1 and seeds[0] is None and narrow and not (mixed and block > 16)
+    plain = len(lows) == 1 and seeds[0] is None and narrow and not mixed
     cols = 128 if plain else 64  # a mask, several products or split ones need the registers
     tiles, stretches = triton.cdiv(C, cols), triton.cdiv(max(ranks), block)
     # about two programs a processor; at least 256 rows each, so that the partials stay small beside the rows
@@ -358,7 +359,7 @@ def _outer(
         source, tuple(lows), tuple(seeds), tuple(partials), partial_sums, rows, per,
         tuple(T // _seeds(s) for s in seeds), tuple(threshold(q) for q in p), G, ranks=ranks, C=C,
         TRANSPOSED=transposed, ROWS=64 if narrow else 32, COLS=cols, RANK=block,
-        TERMS=3 if mixed else 1, PRECISION=_precision(), num_stages=3,
+        TERMS=3 if mixed else 1, PRECISION=_precision(), num_stages=3 if len(lows) > 1 or (narrow and not mixed) else 2,
         num_warps=8 if mixed or len(lows) > 1 or not narrow else 4,
     )  # fmt: skip
     for partial, out, factor in zip(partials, outs, factors, strict=True):

@@ -177,6 +177,10 @@ LORA = {  # T, K, N of each projection, r, dtypes of x and adapters, dropout, re
     "rank 32 qkv": (T, H, (H, H, H), 32, torch.bfloat16, torch.float32, 0.1, 1),
     "rank 64 qkv": (T, H, (H, H, H), 64, torch.bfloat16, torch.float32, 0.0, 1),
     "rank 16 qkv in float32": (T, H, (H, H, H), 16, torch.float32, torch.float32, 0.0, 1),
+    "rank 16 qkv in float32, dropout": (T, H, (H, H, H), 16, torch.float32, torch.float32, 0.1, 1),
+    "rank 64 in float32": (T, H, (H,), 64, torch.float32, torch.float32, 0.0, 1),
+    "rank 16, split": (T, H, (H,), 16, torch.bfloat16, torch.float32, 0.0, 1),
+    "rank 16, split float16": (T, H, (H,), 16, torch.float16, torch.float32, 0.0, 1),
     "rank 32 qkv in float32": (T, H, (H, H, H), 32, torch.float32, torch.float32, 0.1, 1),
 }
 TENSOR_CORES = {80: r"\bHMMA\b", 90: r"\bHGMMA\b", 100: r"\bUTC\w*MMA\b|\bHMMA\b"}  # mma, wgmma, tcgen05
