@@ -5,7 +5,7 @@ float32, which does without AVX-512 on processors that are not Intel's, and copi
 
 Everything around the frozen matmul is arranged so that a result is written at most twice: once by the matmul (with the
 bias where its dtype allows) and once by `lora_adapter`, which adds the low-rank term: on the CPU csrc/cpu/
-lora_adapter.cpp, on CUDA the functions here.
+lora_adapter.cpp, on CUDA and for some factors of a high rank the functions here.
 
 Low-rank terms in float32 beside 16-bit activations. An adapter in float32 must not lose its low bits, yet the result is
 16-bit and so is its matmul. Each float32 factor u is two 16-bit terms, u = high + low with an error of 2^-17 for bf16,
@@ -134,13 +134,20 @@ def _forward(x, w, bias, a, b, bias_b, seed, p, scale, merged):
         _fold(rows, [(_ones(rows, c.dtype) * factor, _column(c, G)) for c, factor in columns])
     if a is not None and not merged:
         bias_b = None if bias_b is None else bias_b.contiguous()
-        _adapter_kernels(x)[0](y, x, a.contiguous(), b.contiguous(), bias_b, seed, p, scale)
+        _adapter_kernels(x, a, seed)[0](y, x, a.contiguous(), b.contiguous(), bias_b, seed, p, scale)
     return y
 
 
-def _adapter_kernels(x: Tensor) -> tuple[Callable, Callable]:
-    """lora_adapter and its backward: CUDA's are called as they are, not through the dispatcher and back."""
-    if meta.kind(x.device) == "cuda":
+_KERNEL_RANK = 16
+"""Rank up to which bf16 factors without a mask are the CPU kernel's. From twice it on torch's bf16 products are faster
+(docs/kernels.md, "lora_linear against PEFT's layer")."""
+
+
+def _adapter_kernels(x: Tensor, a: Tensor, seed: Tensor | None) -> tuple[Callable, Callable]:
+    """lora_adapter and its backward: the ops on a CPU, but for bf16 factors of a high rank; else the functions below,
+    which are CUDA's kernels, without a way through the dispatcher and back."""
+    many = x.dtype == a.dtype == torch.bfloat16 and seed is None and a.shape[-2] > _KERNEL_RANK
+    if meta.kind(x.device) == "cuda" or (many and _small(a).dim() == 2):
         return lora_adapter, lora_adapter_backward
     return torch.ops.petune.lora_adapter, torch.ops.petune.lora_adapter_backward
 
@@ -199,7 +206,7 @@ def _backward(like, dy, x, w, a, b, seed, p, scale, groups, want_dx, want_da, wa
         if want_dsum[i]:
             dsum[i] = torch.ops.petune.column_sum(dy_i, groups)
         if a[i] is not None and (want_dx or want_da[i] or want_db[i]):
-            da[i], db[i] = _adapter_kernels(dy_i)[1](
+            da[i], db[i] = _adapter_kernels(dy_i, a[i], seed[i])[1](
                 dx, dy_i, x, a[i].contiguous(), b[i].contiguous(), seed[i], p[i], scale[i], want_da[i], want_db[i]
             )
     da, db, dsum = ([like.new_empty([0]) if g is None else g for g in grads] for grads in (da, db, dsum))

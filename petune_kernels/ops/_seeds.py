@@ -72,7 +72,8 @@ def new_seeds(n: int, device: torch.device, count: int = 1) -> Sequence[torch.Te
     Drawn at once: on a GPU a draw is a launch.
     """
     if _sources is None:
-        return _draw(device, n * count, None).view(n, count).unbind()
+        drawn = _draw(device, n * count, None)
+        return drawn.view(n, count).unbind() if n > 1 else (drawn,)
     if count not in (1, len(_sources)):
         raise ValueError(f"{count} replicas of a parameter in a packed run of {len(_sources)}; they must agree")
     return _sources.draw(device, n).unbind()

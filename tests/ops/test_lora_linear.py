@@ -12,7 +12,7 @@ from petune_kernels import matmul, reference
 from petune_kernels.ops.lora_linear import choose_path, lora_linear
 from petune_kernels.schema import SCHEMAS
 
-SHAPES = [(1, 8, 4, 1), (6, 10, 7, 3), (66, 40, 24, 8), (300, 64, 96, 16)]  # T, K, N, r
+SHAPES = [(1, 8, 4, 1), (6, 10, 7, 3), (66, 40, 24, 8), (300, 64, 96, 32)]  # T, K, N, r
 DTYPES = [  # x and W, adapters
     (torch.float32, torch.float32),
     (torch.bfloat16, torch.bfloat16),
