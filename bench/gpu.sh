@@ -37,7 +37,7 @@ timeout 180 "$PYTHON" setup.py -q build_ext --inplace || { echo "the build faile
 
 BENCH=("$PYTHON" -m bench)
 COMMON=(--device cuda --out "$PARTS")
-part 70 "${BENCH[@]}" ops --width bert-base --batch 32 --length 512 --dtype bfloat16 --rounds 9 "${COMMON[@]}"
+part 80 "${BENCH[@]}" ops --width bert-base --batch 32 --length 512 --dtype bfloat16 --rounds 9 "${COMMON[@]}"
 part 60 "${BENCH[@]}" models --shape bert-base --batch 32 --length 128 --dtype bfloat16 --rounds 9 \
     --regime layernorm --regime bitfit --regime "lora-all p=0.1" "${COMMON[@]}"
 part 60 "${BENCH[@]}" models --shape bert-base --batch 32 --length 512 --dtype bfloat16 --rounds 9 --memory \
