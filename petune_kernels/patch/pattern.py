@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -65,11 +64,8 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     return type(module) is kind and "forward" not in module.__dict__ and not has_hooks(module)
 
 
-_hooks = operator.attrgetter(*_HOOKS)
-
-
 def has_hooks(module: nn.Module) -> bool:
-    return any(_hooks(module))
+    return any(getattr(module, name) for name in _HOOKS)
 
 
 def drop_hooks(twin: nn.Module) -> None:
