@@ -62,13 +62,12 @@ void* write(Tensor& t) { return t.data_ptr(); }
 // name at each call: that costs three times as much, and a call makes up to six.
 Tensor strided(const Tensor& like, const Shape& shape, const Shape& strides, std::optional<int32_t> dtype = {}) {
   int32_t own = 0, device_type = 0, device_index = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &own));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &own));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
   AtenTensorHandle made = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(),
-                                                         strides.data(), dtype.value_or(own), device_type, device_index,
-                                                         &made));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(), strides.data(),
+                                                  dtype.value_or(own), device_type, device_index, &made));
   return Tensor(made);
 }
 
@@ -144,7 +143,7 @@ struct Launch {
   int32_t index;
   Stream stream() const {
     void* out = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &out));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &out));
     return out;
   }
   // Zero-filled: the blocks of a one-launch reduction draw tickets from it.

@@ -58,6 +58,7 @@ def use(wheel: Path, into: Path) -> str:
 
 
 @pytest.mark.skipif(bool(backends.MISSING["cpu"]), reason="the extension is not installed")
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="torch-abi-audit needs Python 3.11")
 def test_stable_abi() -> None:
     """Every shared object uses nothing of torch but its stable ABI of 2.10."""
     libraries = sorted((ROOT / "petune_kernels").glob("*.so"))

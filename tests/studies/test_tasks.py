@@ -6,7 +6,6 @@ import json
 import math
 from pathlib import Path
 
-import datasets
 import numpy as np
 import pytest
 import torch
@@ -80,6 +79,8 @@ def test_empty_parts_and_unequal_lengths_are_refused() -> None:
 
 
 def hub_copy(folder: Path) -> Path:
+    import datasets  # not above: a machine without it, as a GPU's may be, could then collect no test at all
+
     features = datasets.Features(
         {"sentence1": datasets.Value("string"), "sentence2": datasets.Value("string"),
          "label": datasets.ClassLabel(names=["entailment", "not_entailment"])}
@@ -112,6 +113,8 @@ def test_any_data_set_from_a_local_copy(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_reached_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
     def unreachable(*args: object) -> None:
         raise ConnectionError("Couldn't reach 'nyu-mll/glue' on the Hub")
 
