@@ -22,8 +22,15 @@ _NOTHING = contextlib.nullcontext()
 
 def no_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Autocast off on that device; nothing where it has none, as on the meta device."""
-    on = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
-    return torch.autocast(device.type, enabled=False) if on else _NOTHING
+    return torch.autocast(device.type, enabled=False) if autocasts(device.type) else _NOTHING
+
+
+def autocasts(kind: str) -> bool:
+    """Whether autocast is on for that type of device; of those that an op takes only meta has none.
+
+    Not torch.amp.is_autocast_available, which torch 2.10 and 2.11 do not compile.
+    """
+    return kind != "meta" and torch.is_autocast_enabled(kind)
 
 
 _kind = "cpu"

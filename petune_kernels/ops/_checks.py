@@ -10,6 +10,8 @@ from typing import TypeVar
 
 import torch
 
+from ..meta import autocasts
+
 _Given = TypeVar("_Given", torch.Tensor, torch.Tensor | None)
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -34,7 +36,7 @@ def same_device(op: str, x: torch.Tensor, **tensors: torch.Tensor | None) -> Non
 def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
     """The dtype that autocast prescribes for a matmul of x, or None. The meta device has no autocast."""
     kind = x.device.type
-    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+    if x.dtype == torch.float64 or not autocasts(kind):
         return None
     return torch.get_autocast_dtype(kind)
 

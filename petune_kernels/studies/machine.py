@@ -14,7 +14,7 @@ import torch
 
 import petune_kernels as pk
 
-PACKAGES = ("torch", "triton", "transformers", "peft", "numpy")
+PACKAGES = ("triton", "transformers", "peft", "numpy")
 
 
 def describe() -> dict[str, Any]:
@@ -28,7 +28,8 @@ def describe() -> dict[str, Any]:
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "system": platform.platform(),
         "python": platform.python_version(),
-        "versions": {"petune_kernels": pk.__version__} | {name: version(name) for name in PACKAGES},
+        "versions": {"petune_kernels": pk.__version__, "torch": torch.__version__}  # an index's torch hides its +cu130
+        | {name: version(name) for name in PACKAGES},
         "git": git_commit(),
     }
 
