@@ -160,7 +160,10 @@ def render_studies() -> str:
         records = list(store.collect(folder, study).values())  # refuses results of another study file
         header = json.loads((folder / "runs.jsonl").open().readline())
         grids, machine = layouts.tables(study, records), header["machine"]
-        start, end = (datetime.fromisoformat(t) for t in (header["started"], max(r["finished"] for r in records)))
+        start, end = (
+            datetime.strptime(t, "%Y-%m-%dT%H:%M:%S%z")
+            for t in (header["started"], max(r["finished"] for r in records))
+        )
         blocks += [
             *(grid.markdown() for grid in (grids[0], grids[-1])),
             f"`{header['command']}`, {start:%Y-%m-%d}, {machine['cpu']}, {machine['threads']} thread on "
