@@ -230,7 +230,9 @@ def lora_adapter_backward(dx, dy, x, a, b, seed, p, scale, want_da, want_db):
             dxa = _product(dy, b, scale)
         if want_da:
             da = _product(dxa.mT, x, keep)
-        if want_db:  # [r, N] first: a matmul with r rows is several times faster than one with r columns
+        if want_db and a.shape[-2] > _KERNEL_RANK:
+            db = _product(dy.mT, xa, scale).mT
+        elif want_db:  # [r, N] first: a matmul with few rows is several times faster than one with few columns
             db = _product(xa.mT, dy, scale)
     else:
         dxa = torch.empty([*dy.shape[:-1], a.shape[-2]], dtype=a.dtype, device=dy.device)

@@ -1,6 +1,7 @@
 // residual_norm on the CPU: one row at a time through fp32 scratch rows that stay in the first-level cache.
 // Forward reads x and residual once and writes y (and z or x-hat); backward reads dy and the saved row once. The
-// derivation is in petune_kernels/ops/residual_norm.py.
+// derivation is in petune_kernels/ops/residual_norm.py. Loops take a copy of the arguments: no store can alias a copy,
+// so what is wanted stays in registers (3 to 6 % of a forward, up to 20 % of a float32 backward).
 #define PETUNE_FILE "residual_norm.cpp"
 #include "foreach_isa.h"
 
@@ -10,7 +11,7 @@
 namespace petune::cpu::PETUNE_ISA {
 
 template <class X>
-void forward_rows(const ResidualNorm& a, int64_t begin, int64_t end) {
+void forward_rows(const ResidualNorm a, int64_t begin, int64_t end) {
   const int64_t H = a.H, replica_rows = a.T / a.G, seed_rows = a.seed ? a.T / a.seeds : 1;
   const auto rows = scratch(5, H);
   float *z = rows.get(), *bias = z + padded(H), *gamma = bias + padded(H), *beta = gamma + padded(H),
@@ -58,7 +59,7 @@ void forward_rows(const ResidualNorm& a, int64_t begin, int64_t end) {
 // Rows [begin, end) of one replica; sums of the wanted small gradients go to partial [3, H] (bias, gamma, beta). x-hat
 // and dy gamma are made again in the second pass over a row: loading costs half of what storing does.
 template <class X>
-void backward_rows(const ResidualNormBackward& a, int64_t replica, int64_t begin, int64_t end, float* partial) {
+void backward_rows(const ResidualNormBackward a, int64_t replica, int64_t begin, int64_t end, float* partial) {
   const int64_t H = a.H, seed_rows = a.seed ? a.T / a.seeds : 1;
   const auto rows = scratch(5, H);
   float *gamma = rows.get(), *multipliers = gamma + padded(H), *dbias = multipliers + padded(H),
