@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
 from types import SimpleNamespace
 from typing import Any
 
@@ -31,8 +30,7 @@ def scaled() -> Any:
 
 
 def _script(function: Any) -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # TorchScript is deprecated, yet DeBERTa uses it
+    with pytest.warns((DeprecationWarning, FutureWarning)):
         return torch.jit.script(function)
 
 

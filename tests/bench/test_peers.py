@@ -131,8 +131,8 @@ def test_trained_vectors_are_nothing_for_unsloth(stand_ins: None) -> None:
     call = ops._unsloth_layer_norm()
     calls = {harness.EAGER: lambda t, p, seed: case.eagerly(t, p), "unsloth": lambda t, p, seed: call(t)}
     op_runs.check_op(case, calls, ops.sizes(2, 8, 64, torch.float32), torch.float32, CPU, row)
-    assert "unsloth" not in calls and row["refused"]["unsloth"].startswith("RuntimeError: ")
-    assert "differentiated Tensor" in row["refused"]["unsloth"]
+    wordings = ("RuntimeError: The differentiated Tensor", "RuntimeError: One of the differentiated Tensors")
+    assert "unsloth" not in calls and row["refused"]["unsloth"].startswith(wordings)
 
 
 @pytest.mark.parametrize("peer", NAMES)
