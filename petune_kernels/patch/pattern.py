@@ -22,14 +22,21 @@ if TYPE_CHECKING:
     from .trace import Call
 
 _MARK = "_petune_pattern"
+GRAPHS = "_petune_graphs"  # where the graphs of a stack are kept (graphs.py)
+_BOUND = ("forward", _MARK, GRAPHS)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _HOOK_FLAGS = ("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs")
 # largest difference between fused and own forward, relative to the largest output; a look-alike is off by far more
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}
 CACHE = ("past_key_values", "cache")  # what transformers calls a cache: until 5.23, and since
 _META_LIMIT = 1 << 22  # parameters of a module on the meta device up to which it is verified on random CPU weights
+_WIDE_LIMIT = 1 << 24  # parameters of a 16-bit module up to which it is verified in float32, too
 
 Parts = Mapping[str, Any]
+
+
+def _whole(module: nn.Module, parts: Parts, call: Call | None) -> nn.Module:
+    return bare(module)
 
 
 @dataclass(frozen=True)
@@ -44,8 +51,8 @@ class Pattern:
         a dict at its end holds keyword arguments. May give the twin random parameters.
     forward: the fused forward, called as forward(module, parts, *args, **kwargs).
     claims: the roles whose children run inside the fused forward and so are no longer candidates themselves.
-    outline: for a module on the meta device, a bare twin that is small enough to be given values: what both forwards
-        only call may be replaced by something small.
+    outline: a bare twin in which what both forwards only call is replaced by something small whose result weighs as
+        much as what it is added to.
     sure: whether looking right is enough to be a candidate, which strict=True insists on.
     """
 
@@ -55,7 +62,7 @@ class Pattern:
     sample: Callable[[nn.Module, Parts, torch.Generator, Call | None], tuple[Any, ...]]
     forward: Callable[..., Any]
     claims: Callable[[nn.Module, Parts], Sequence[str]] = lambda module, parts: ()
-    outline: Callable[[nn.Module, Parts, Call | None], nn.Module] = lambda module, parts, call: bare(module)
+    outline: Callable[[nn.Module, Parts, Call | None], nn.Module] = _whole
     sure: bool = True
 
 
@@ -92,12 +99,12 @@ def bind(module: nn.Module, pattern: Pattern, parts: Any) -> None:
 
 def bindings(model: nn.Module) -> dict[nn.Module, dict[str, Any]]:
     """What is bound in a model now, for `bind_again`."""
-    return {m: {k: m.__dict__[k] for k in ("forward", _MARK) if k in m.__dict__} for m in model.modules()}
+    return {m: {k: m.__dict__[k] for k in _BOUND if k in m.__dict__} for m in model.modules()}
 
 
 def bind_again(before: dict[nn.Module, dict[str, Any]]) -> None:
     for module, own in before.items():
-        for name in ("forward", _MARK):
+        for name in _BOUND:
             module.__dict__.pop(name, None)
         module.__dict__.update(own)
 
@@ -173,41 +180,59 @@ class Marker(nn.Module):
         return x + torch.linspace(0.5, 1.5, x.shape[-1], dtype=x.dtype, device=x.device)
 
 
-def _probe(module: nn.Module, generator: torch.Generator) -> nn.Module:
-    """A bare twin that hides nothing: vectors (norm weights, biases) random, dropouts replaced by markers. On the meta
-    device a small module gets random weights on the CPU instead."""
+def _probe(module: nn.Module, generator: torch.Generator, wide: bool) -> nn.Module:
+    """A bare twin that hides nothing: vectors (norm weights, biases) random, dropouts replaced by markers; `wide`: in
+    float32. On the meta device a small module gets random weights on the CPU instead."""
     twin = bare(module)
     for child in twin.modules():
         for name, p in child._parameters.items():
-            if p is not None and (p.dim() == 1 or p.is_meta):
-                fresh = torch.randn(p.shape, generator=generator, device=generator.device) * (
-                    1 if p.dim() == 1 else 0.1
-                )
-                child._parameters[name] = nn.Parameter(fresh.to(p.dtype), requires_grad=False)
+            if p is None:
+                continue
+            value = p.detach()
+            if p.dim() == 1 or p.is_meta:
+                size = 1 if p.dim() == 1 else 0.1
+                value = (torch.randn(p.shape, generator=generator, device=generator.device) * size).to(p.dtype)
+            child._parameters[name] = nn.Parameter(_widened(value) if wide else value, requires_grad=False)
         for name, m in child._modules.items():
             if type(m) is nn.Dropout:
                 child._modules[name] = Marker()
     return twin
 
 
+def _widened(value: Any) -> Any:
+    return value.float() if isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16) else value
+
+
 def verify(module: nn.Module, pattern: Pattern, parts: Parts, call: Call | None = None) -> str:
     """'' where the fused forward agrees with the module's own on a small input, else what differs.
 
-    Dropouts marked, hooks and global random state untouched. Of a large module on the meta device only the shapes are
-    compared.
+    In the module's own dtype; where that has 16 bits, in which a small term is lost beside a large one, also in
+    float32, unless the module is large; and around stand-ins of the blocks that both only call. Dropouts marked, hooks
+    and global random state untouched. Of a large module on the meta device only the shapes are compared.
     """
+    if any(p.is_meta for p in module.parameters()):
+        outlined = pattern.outline(module, parts, call)
+        return _agree(outlined, pattern, parts, call, shapes_only=_count(outlined) > _META_LIMIT)
+    reason = _agree(module, pattern, parts, call)
+    if not reason and _count(module) <= _WIDE_LIMIT and any(_widened(p) is not p for p in module.parameters()):
+        reason = _agree(module, pattern, parts, call, wide=True)
+    if not reason and pattern.outline is not _whole:
+        reason = _agree(pattern.outline(module, parts, call), pattern, parts, call, wide=True)
+    return reason
+
+
+def _agree(
+    module: nn.Module, pattern: Pattern, parts: Parts, call: Call | None, wide: bool = False, shapes_only: bool = False
+) -> str:
     tensors = [p for p in module.parameters() if p.is_floating_point()]
-    device, kind, shapes_only = tensors[0].device if tensors else torch.device("cpu"), type(module), False
-    if device.type == "meta":
-        module, device = pattern.outline(module, parts, call), torch.device("cpu")
-        shapes_only = sum(p.numel() for p in module.parameters()) > _META_LIMIT
-    generator = torch.Generator(device).manual_seed(0)
+    device = tensors[0].device if tensors and not tensors[0].is_meta else torch.device("cpu")
+    generator, kind = torch.Generator(device).manual_seed(0), type(module)
     with torch.no_grad(), no_autocast(device):
-        twin = bare(module) if shapes_only else _probe(module, generator)
+        twin = bare(module) if shapes_only else _probe(module, generator, wide)
         try:
             args = pattern.sample(twin, parts, generator, call)
-            if shapes_only:
-                args = tree_map(lambda a: a.to("meta") if isinstance(a, Tensor) else a, args)
+            if wide or shapes_only:
+                args = tree_map(_widened if wide else _to_meta, args)
             args, kwargs = (args[:-1], args[-1]) if args and isinstance(args[-1], dict) else (args, {})
             own = kind.forward(twin, *args, **kwargs)
         except Exception as error:  # a look-alike with another signature or other shapes: the report carries the reason
@@ -219,6 +244,14 @@ def verify(module: nn.Module, pattern: Pattern, parts: Parts, call: Call | None 
     return difference(own, fused)
 
 
+def _count(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def _to_meta(value: Any) -> Any:
+    return value.to("meta") if isinstance(value, Tensor) else value
+
+
 def difference(own: Any, fused: Any) -> str:
     """'' where two results agree within their dtype's rounding, else what differs."""
     if not isinstance(own, Tensor) or not isinstance(fused, Tensor):
@@ -228,7 +261,7 @@ def difference(own: Any, fused: Any) -> str:
     if not own.numel() or own.is_meta:
         return ""
     off = (own.double() - fused.double()).abs().max().item()
-    allowed = _TOLERANCE[own.dtype] * max(own.double().abs().max().item(), 1.0)
+    allowed = _TOLERANCE[own.dtype] * own.double().abs().max().item()
     return "" if off <= allowed else f"its forward differs from the fused one by {off:.2g} on a sample"
 
 

@@ -55,7 +55,10 @@ def _required(mixer: nn.Module) -> tuple[str, ...]:
 
 def _refuse(module: nn.Module, parts: Parts) -> str:
     second = module.get_submodule(parts["second"])
-    return f"{type(second).__name__} has a forward of its own" if not pattern.undisturbed(second) else ""
+    if not pattern.undisturbed(second):
+        return f"{type(second).__name__} has a forward of its own"
+    # by itself: in the layer's result it hides behind a feed-forward block, which may add little
+    return norm.PATTERN.refuse(second, parts["norm"]) or pattern.verify(second, norm.PATTERN, parts["norm"])
 
 
 def _sample(module: nn.Module, parts: Parts, generator: torch.Generator, call: Call | None) -> tuple[Any, ...]:
