@@ -1,16 +1,35 @@
 """Every op in plain PyTorch: the specification, the fallback where nothing compiled is at hand, and the tests' oracle.
 
-Signatures and shapes are those of schema.py. Everything is computed in float32 (float64 for float64) and rounded once.
+Signatures and shapes are those of schema.py. Everything is computed in float32 (float64 for float64) and rounded once,
+whatever autocast prescribes around it.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
+
+from .meta import no_autocast
 
 _M0, _M1 = 0xD2511F53, 0xCD9E8D57
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
 _LOW = 0xFFFFFFFF
+
+
+def _as_written(op: Callable[..., Any]) -> Callable[..., Any]:
+    """For ops with matmuls, which autocast would run in its own dtype."""
+
+    @functools.wraps(op)
+    def run(first: Any, *args: Any) -> Any:
+        like = first if isinstance(first, torch.Tensor) else next(t for t in first if t is not None)
+        with no_autocast(like.device):
+            return op(first, *args)
+
+    return run
 
 
 def _wide(x: torch.Tensor) -> torch.Tensor:
@@ -196,12 +215,14 @@ def _softmax(q, k, mask, scale, causal):
     return torch.where(sees_nothing, 0.0, torch.softmax(scores, -1))
 
 
+@_as_written
 def attention(q, k, v, mask, seed, p, scale, causal):
     prob = _softmax(q, k, mask, scale, causal)
     o = (_drop(prob, seed, p) @ _wide(v)).to(q.dtype)
     return o.transpose(1, 2).contiguous().transpose(1, 2)
 
 
+@_as_written
 def attention_backward(do, q, k, v, mask, seed, p, scale, causal):
     prob = _softmax(q, k, mask, scale, causal)
     wide_do = _wide(do)
@@ -241,6 +262,7 @@ def _update_backward(dy, x, a, b, seed, p, scale, want_dx, want_da, want_db):
     return dx, da if want_da else None, db if want_db else None
 
 
+@_as_written
 def lora_adapter(y, x, a, b, bias_b, seed, p, scale):
     y.copy_(_wide(y) + _update(x, a, b, bias_b, seed, p, scale))
 
@@ -252,6 +274,7 @@ def lora_adapter_backward(dx, dy, x, a, b, seed, p, scale, want_da, want_db):
     return _nothing(a) if da is None else da, _nothing(b) if db is None else db
 
 
+@_as_written
 def lora_linear(x, w, bias, a, b, bias_b, seed, p, scale, merged):
     ys = []
     for i, w_i in enumerate(w):
@@ -262,6 +285,7 @@ def lora_linear(x, w, bias, a, b, bias_b, seed, p, scale, merged):
     return ys
 
 
+@_as_written
 def lora_linear_backward(dy, x, w, a, b, seed, p, scale, groups, want_dx, want_da, want_db, want_dsum):
     like = next(d for d in dy if d is not None)
     dx = _wide(like).new_zeros([like.shape[0], w[0].shape[1]])
@@ -289,11 +313,13 @@ def lora_linear_backward(dy, x, w, a, b, seed, p, scale, groups, want_dx, want_d
     return dx.to(like.dtype) if want_dx else _nothing(like), da, db, dsum
 
 
+@_as_written
 def packed_linear(x, w, bias):
     T = x.shape[0]
     parts = [_wide(x) @ _wide(m).T + _rows(c, T) for m, c in zip(w, bias, strict=True)]
     return torch.cat(parts, 1).to(x.dtype)
 
 
+@_as_written
 def packed_linear_backward(dy, w):
     return (_wide(dy) @ _wide(torch.cat(w))).to(dy.dtype)

@@ -180,6 +180,18 @@ def whole_layer() -> bool:
     return _running.frame is not None and _running.frame.whole
 
 
+def decided(choice: bool) -> bool:
+    """`choice`; in a frame that runs again what it was the first time, when gradients were on."""
+    frame = _running.frame
+    if frame is None:
+        return choice
+    if not frame.again:
+        frame.choices.append(choice)
+        return choice
+    frame.chosen += 1
+    return frame.choices[frame.chosen - 1]
+
+
 class _Running(threading.local):
     frame: Frame | None = None
 
@@ -218,9 +230,10 @@ class Frame:
         self.autocast = [
             dict(device_type=kind, enabled=torch.is_autocast_enabled(kind), dtype=torch.get_autocast_dtype(kind))
             for kind in dict.fromkeys(("cpu", self.device.type))
-            if torch.amp.is_autocast_available(kind)
+            if kind != "meta"
         ]
-        self.passed = 0
+        self.passed = self.chosen = 0
+        self.choices: list[bool] = []
         self.wanted: Counter[int] = Counter()
         self.left: dict[int, tuple[Sequence[Tensor | None], int]] = {}
         self.again = False
@@ -243,7 +256,7 @@ class Frame:
     def _run_again(self, kept: list[Tensor | None]) -> None:
         args, kwargs = self.inputs.again(iter(kept))
         before, _running.frame = _running.frame, self
-        self.again, self.passed, self.left = True, 0, {}
+        self.again, self.passed, self.chosen, self.left = True, 0, 0, {}
         try:
             with contextlib.ExitStack() as stack:
                 stack.enter_context(torch.no_grad())

@@ -62,6 +62,11 @@ def replicated(sources: Sources | None) -> Iterator[None]:
         _sources = before
 
 
+def packed() -> bool:
+    """Whether each replica draws for itself now."""
+    return _sources is not None
+
+
 def _draw(device: torch.device, count: int, generator: torch.Generator | None) -> torch.Tensor:
     return torch.randint(-(2**63), 2**63 - 1, (count,), dtype=torch.int64, device=device, generator=generator)
 

@@ -20,24 +20,24 @@ Saved: q, k, v (grouped heads once), the mask and the seed; in a frame (_saving.
 softmax, its dropped copy and the mask: three [B, h, S, K] tensors. The mask gets no gradient: it would be the [S, K]
 tensor this op avoids.
 
-On CUDA PyTorch's own fused attention (flash) does the work unless a seed or a backend is asked for by name. In a frame
-it runs once more in backward, since its own backward takes what only it can save.
+On CUDA PyTorch's own fused attention (flash) does the work unless a seed or a backend is asked for by name, or a packed
+run drops (its masks are each replica's own, which torch's are not: the reference then). In a frame it runs once more in
+backward, since its own backward takes what only it can save.
 """
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import backends, meta
 from ..backends import pick
 from . import _checks as check
 from . import _saving as saving
-from ._seeds import new_seed, rewound, state
+from ._seeds import new_seed, packed, rewound, state
 
 
 class Attention(torch.autograd.Function):
@@ -82,7 +82,7 @@ class NativeAgain(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         saving.save(ctx, *place.slots(3), mask)
         ctx.p, ctx.scale, ctx.causal, ctx.state = p, scale, causal, state(q.device)
-        return _sdpa(q, k, v, mask, p, scale, causal)
+        return native(q, k, v, mask, p, scale, causal)
 
     @staticmethod
     @saving.once_differentiable
@@ -91,7 +91,7 @@ class NativeAgain(torch.autograd.Function):
         wants = ctx.needs_input_grad[:3]
         with torch.enable_grad(), rewound(do.device, ctx.state):
             q, k, v = (t.detach().requires_grad_(want) for t, want in zip(qkv, wants, strict=True) if t is not None)
-            o = _sdpa(q, k, v, mask, ctx.p, ctx.scale, ctx.causal)
+            o = native(q, k, v, mask, ctx.p, ctx.scale, ctx.causal)
             grads = iter(torch.autograd.grad(o, [t for t in (q, k, v) if t.requires_grad], do))
         return (*(next(grads) if want else None for want in wants), *(None,) * 5)
 
@@ -169,7 +169,7 @@ def _once(mask: Tensor) -> Tensor:
     return mask
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p: float, scale: float, causal: bool) -> Tensor:
+def native(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p: float, scale: float, causal: bool) -> Tensor:
     S, K = q.shape[2], k.shape[2]
     if causal and (mask is not None or S != K):  # SDPA aligns its causal mask at the first column, and takes only one
         hidden = torch.ones(S, K, dtype=torch.bool, device=q.device).triu(1 + K - S)
@@ -211,13 +211,17 @@ def attention(
             None.
 
     Returns:
-        o [B, h, S, D], laid out [B, S, h, D] in memory, so that the projection after it needs no copy.
+        o [B, h, S, D], laid out [B, S, h, D] in memory, so that the projection after it needs no copy. Under autocast
+        everything is computed in autocast's dtype.
 
     Raises:
         TypeError, ValueError: naming the argument, what was given and what is accepted.
     """
     op = "attention"
     check.floating(op, q=q, k=k, v=v)
+    dtype = check.autocast_dtype(q)
+    if dtype is not None:  # rotary embeddings and norms of q and k leave them wider than v
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     check.same_device(op, q, k=k, v=v, mask=mask)
     check.probability(op, p)
     _check_heads(op, q, k, v)
@@ -230,11 +234,11 @@ def attention(
     if place:
         place.leave(q, k, v)
     tracked = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
-    if _native(q) and seed is None:
+    if _native(q) and seed is None and not (p and packed()):
         if place and tracked:
             o = NativeAgain.apply(q, k, v, mask, p, scale, causal, place)
         else:
-            o = _sdpa(q, k, v, mask, p, scale, causal)
+            o = native(q, k, v, mask, p, scale, causal)
         return _left(o)
     if p == 0.0:
         seed = None
@@ -253,93 +257,3 @@ def _left(o: Tensor) -> Tensor:
         if o.requires_grad:
             saving.describe(o, place.slots(1)[0])
     return o
-
-
-def attention_interface(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    is_causal: bool | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, Tensor | None]:
-    """`attention` as a transformers attention function: AttentionInterface.register("petune", attention_interface).
-
-    query [B, h, S, D]; key, value [B, h_kv, K, D] with h a multiple of h_kv. Returns (o [B, S, h, D], None). Whether a
-    causal mask is needed is decided as transformers decides it for SDPA: only without a mask and for more than one row.
-    Register `attention_mask_interface` under the same name, too.
-
-    A position_bias (T5's) is added to the mask. While it trains, torch's own attention runs, which gives its gradient.
-
-    With output_attentions, which needs the [S, K] tensor, the eager function of the model's own file runs.
-
-    Raises:
-        ValueError: for what eager attention adds and this op does not: softcap, s_aux (sinks), a cache of pages.
-    """
-    for name in ("softcap", "s_aux", "cache"):
-        given = kwargs.get(name)
-        if given is not None and given is not False:
-            raise ValueError(f"attention_interface: {name} is given; not supported, use attn_implementation='eager'")
-    if kwargs.get("output_attentions"):
-        return _with_weights(module, query, key, value, attention_mask, scaling, dropout, is_causal, **kwargs)
-    S, K = query.shape[2], key.shape[2]
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    causal = S > 1 and attention_mask is None and bool(causal)
-    if causal and K > S:  # filling an empty static cache: the columns past S hold nothing yet
-        key, value = key[:, :, :S], value[:, :, :S]
-    bias = kwargs.get("position_bias")
-    if bias is not None:
-        if attention_mask is not None:
-            attention_mask = additive_mask(attention_mask, query.dtype)
-            attention_mask = bias + attention_mask[..., : key.shape[2]]
-        else:
-            attention_mask = bias[..., : key.shape[2]]
-        if attention_mask.requires_grad and torch.is_grad_enabled():
-            scale = query.shape[3] ** -0.5 if scaling is None else scaling
-            return _sdpa(query, key, value, attention_mask, dropout, scale, causal).transpose(1, 2), None
-        attention_mask = attention_mask.detach()
-    return attention(query, key, value, attention_mask, dropout, scaling, causal).transpose(1, 2), None
-
-
-def _with_weights(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None,
-    dropout: float, is_causal: bool | None, **kwargs: Any,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """transformers' eager attention for this module, with the causal mask that it expects and SDPA does without."""
-    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    if eager is None:
-        raise ValueError(
-            f"attention_interface: output_attentions is given, and {type(module).__module__} has no eager form"
-        )
-    S, K = query.shape[2], key.shape[2]
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    if mask is None and causal and S > 1:
-        hidden = torch.ones(S, K, dtype=torch.bool, device=query.device).triu(1 + K - S)
-        mask = query.new_zeros(1, 1, S, K).masked_fill(hidden, torch.finfo(query.dtype).min)
-    scale = query.shape[3] ** -0.5 if scaling is None else scaling
-    return eager(module, query, key, value, mask, scaling=scale, dropout=dropout, **kwargs)
-
-
-def attention_mask_interface(
-    dtype: torch.dtype = torch.float32, masked: float | None = None, **kwargs: Any
-) -> Tensor | None:
-    """The mask to go with it: AttentionMaskInterface.register("petune", attention_mask_interface).
-
-    None where nothing is masked; else one additive mask in the model's dtype, made once a forward: [B, 1, 1, K] where
-    every query sees the same keys (an encoder's padding), [B, 1, S, K] otherwise. `masked` is what is added to a masked
-    score: -inf, with which a query that sees nothing gets zeros, as in SDPA; None for the dtype's finite minimum, with
-    which it sees every key alike, as in eager.
-    """
-    from transformers.masking_utils import bidirectional_mask_function, sdpa_mask
-
-    if kwargs.get("mask_function") is bidirectional_mask_function and not kwargs.get("use_vmap"):
-        kwargs["q_length"] = 1
-    mask = sdpa_mask(**kwargs)
-    if mask is None:
-        return None
-    return torch.zeros((), dtype=dtype, device=mask.device).where(
-        mask, torch.finfo(dtype).min if masked is None else masked
-    )

@@ -13,12 +13,15 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from ..ops import _saving as saving
 from ..ops import attention as op
 from . import pattern, trace
 from .trace import Trace
@@ -64,17 +67,30 @@ def verify(root: nn.Module, seen: Trace) -> tuple[str, list[nn.Module]]:
     return reason, [original[module] for module in dict.fromkeys(called)]
 
 
+@dataclass
+class _Bound:
+    """What is bound in a model: its configs with what they named before, and the modules served. A copy that is read in
+    another process makes our names known there."""
+
+    before: list[tuple[Any, Any]]
+    modules: list[nn.Module]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        _register(attention_interface)
+
+
 def bind(root: nn.Module, modules: list[nn.Module]) -> None:
-    root.__dict__[_MARK] = (_switch(root), modules)
+    root.__dict__[_MARK] = _Bound(_switch(root), modules)
 
 
 def unbind(root: nn.Module) -> None:
-    _restore(root.__dict__.pop(_MARK)[0])
+    _restore(root.__dict__.pop(_MARK).before)
 
 
 def served(root: nn.Module) -> list[nn.Module]:
     """The modules whose attention a bound model runs here."""
-    return root.__dict__[_MARK][1]
+    return root.__dict__[_MARK].modules
 
 
 def _configs(root: nn.Module) -> list[Any]:
@@ -97,12 +113,12 @@ def _register(function: Any) -> None:
     for own, name in NAMES.items():
         masked = -torch.inf if own == "sdpa" else None
         AttentionInterface.register(name, function)
-        AttentionMaskInterface.register(name, functools.partial(op.attention_mask_interface, masked=masked))
+        AttentionMaskInterface.register(name, functools.partial(attention_mask_interface, masked=masked))
 
 
 def _switch(root: nn.Module) -> list[tuple[Any, Any]]:
     """Names our functions in every config; returns (config, what it named before)."""
-    _register(op.attention_interface)
+    _register(attention_interface)
     before = [(config, config._attn_implementation_internal) for config in _configs(root)]
     for config, name in before:
         config._attn_implementation_internal = NAMES.get(name or "sdpa", name)
@@ -118,12 +134,105 @@ def _restore(before: list[tuple[Any, Any]]) -> None:
 def _listening(called: list[nn.Module]) -> Iterator[None]:
     """Within it, `called` collects the modules that call our attention function."""
 
-    def listen(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def listen(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         called.append(module)
-        return op.attention_interface(module, *args, **kwargs)
+        return attention_interface(module, *args, **kwargs)
 
     _register(listen)
     try:
         yield
     finally:
-        _register(op.attention_interface)
+        _register(attention_interface)
+
+
+def attention_interface(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """`attention` as a transformers attention function: AttentionInterface.register("petune", attention_interface).
+
+    query [B, h, S, D]; key, value [B, h_kv, K, D] with h a multiple of h_kv. Returns (o [B, S, h, D], None). Whether a
+    causal mask is needed is decided as transformers decides it for SDPA: only without a mask and for more than one row.
+    Register `attention_mask_interface` under the same name, too.
+
+    A position_bias (T5's) is added to the mask. While it or the mask itself (Doge's) trains torch's own attention runs,
+    which gives its gradient.
+
+    With output_attentions, which needs the [S, K] tensor, the eager function of the model's own file runs.
+
+    Raises:
+        ValueError: for what eager attention adds and this op does not: softcap, s_aux (sinks), a cache of pages.
+    """
+    for name in ("softcap", "s_aux", "cache"):
+        given = kwargs.get(name)
+        if given is not None and given is not False:
+            raise ValueError(f"attention_interface: {name} is given; not supported, use attn_implementation='eager'")
+    if kwargs.get("output_attentions"):
+        return _with_weights(module, query, key, value, attention_mask, scaling, dropout, is_causal, **kwargs)
+    S, K = query.shape[2], key.shape[2]
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    causal = S > 1 and attention_mask is None and bool(causal)
+    if causal and K > S:  # filling an empty static cache: the columns past S hold nothing yet
+        key, value = key[:, :, :S], value[:, :, :S]
+    bias = kwargs.get("position_bias")
+    if bias is not None:
+        if attention_mask is not None:
+            attention_mask = op.additive_mask(attention_mask, query.dtype)
+            attention_mask = bias + attention_mask[..., : key.shape[2]]
+        else:
+            attention_mask = bias[..., : key.shape[2]]
+    if attention_mask is not None:
+        if saving.decided(attention_mask.requires_grad and torch.is_grad_enabled()):
+            scale = query.shape[3] ** -0.5 if scaling is None else scaling
+            attention_mask = op.additive_mask(attention_mask, query.dtype)
+            return op.native(query, key, value, attention_mask, dropout, scale, causal).transpose(1, 2), None
+        attention_mask = attention_mask.detach()
+    return op.attention(query, key, value, attention_mask, dropout, scaling, causal).transpose(1, 2), None
+
+
+def _with_weights(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None,
+    dropout: float, is_causal: bool | None, **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """transformers' eager attention for this module, with the causal mask that it expects and SDPA does without."""
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    if eager is None:
+        raise ValueError(
+            f"attention_interface: output_attentions is given, and {type(module).__module__} has no eager form"
+        )
+    S, K = query.shape[2], key.shape[2]
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if mask is None and causal and S > 1:
+        hidden = torch.ones(S, K, dtype=torch.bool, device=query.device).triu(1 + K - S)
+        mask = query.new_zeros(1, 1, S, K).masked_fill(hidden, torch.finfo(query.dtype).min)
+    scale = query.shape[3] ** -0.5 if scaling is None else scaling
+    return eager(module, query, key, value, mask, scaling=scale, dropout=dropout, **kwargs)
+
+
+def attention_mask_interface(
+    dtype: torch.dtype = torch.float32, masked: float | None = None, **kwargs: Any
+) -> Tensor | None:
+    """The mask to go with it: AttentionMaskInterface.register("petune", attention_mask_interface).
+
+    None where nothing is masked; else one additive mask in the model's dtype, made once a forward: [B, 1, 1, K] where
+    every query sees the same keys (an encoder's padding), [B, 1, S, K] otherwise. `masked` is what is added to a masked
+    score: -inf, with which a query that sees nothing gets zeros, as in SDPA; None for the dtype's finite minimum, with
+    which it sees every key alike, as in eager.
+    """
+    from transformers.masking_utils import bidirectional_mask_function, sdpa_mask
+
+    if kwargs.get("mask_function") is bidirectional_mask_function and not kwargs.get("use_vmap"):
+        kwargs["q_length"] = 1
+    mask = sdpa_mask(**kwargs)
+    if mask is None:
+        return None
+    return torch.zeros((), dtype=dtype, device=mask.device).where(
+        mask, torch.finfo(dtype).min if masked is None else masked
+    )

@@ -50,7 +50,6 @@ BUCKET = 32
 MOST = 16
 """Graphs of one stack; the one that was not used for longest is dropped for the next."""
 
-_MARK = "_petune_graphs"
 _FIRST = "of a shape for the first time"
 """Captured at its second call: a shape that comes once, or a number that is another each time, is not worth it."""
 
@@ -92,26 +91,26 @@ def stacks(model: nn.Module, seen: Trace) -> dict[nn.Module, Call]:
 
 
 def bound(module: nn.Module) -> bool:
-    return _MARK in module.__dict__
+    return pattern.GRAPHS in module.__dict__
 
 
 def of(model: nn.Module) -> dict[str, Graphs]:
     """Path of the stack -> its graphs."""
-    return {path: m.__dict__[_MARK] for path, m in model.named_modules() if bound(m)}
+    return {path: m.__dict__[pattern.GRAPHS] for path, m in model.named_modules() if bound(m)}
 
 
 def set_graphs(model: nn.Module, lengths: Lengths, found: dict[nn.Module, Call]) -> None:
     """Gives these stacks graphs and takes them off all others. One that has them with these lengths keeps its own."""
     for path, module in model.named_modules():
-        if bound(module) and (module not in found or module.__dict__[_MARK].lengths != lengths):
+        if bound(module) and (module not in found or module.__dict__[pattern.GRAPHS].lengths != lengths):
             unbind(module)
         if module in found and not bound(module):
-            module.__dict__[_MARK] = Graphs(path, lengths, *_try_padding(module, found[module]))
+            module.__dict__[pattern.GRAPHS] = Graphs(path, lengths, *_try_padding(module, found[module]))
             pattern.frame(module, _forward)
 
 
 def unbind(module: nn.Module) -> None:
-    del module.__dict__[_MARK]
+    module.__dict__.pop(pattern.GRAPHS).end()
     if pattern.framed(module) and pattern.around(module) is _forward:
         pattern.unframe(module)
 
@@ -119,7 +118,7 @@ def unbind(module: nn.Module) -> None:
 def _forward(module: nn.Module, parts: Any, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     if torch.compiler.is_compiling():
         return own(*args, **kwargs)
-    return module.__dict__[_MARK].run(module, own, args, kwargs)
+    return module.__dict__[pattern.GRAPHS].run(module, own, args, kwargs)
 
 
 class Graphs:
@@ -158,6 +157,11 @@ class Graphs:
         """Drops the graphs. Their memory is free as soon as no backward waits for them."""
         self._graphs: OrderedDict[Any, Graph | str] = OrderedDict()
         self._recorder: cuda_graph.Recorder | None = None
+
+    def end(self) -> None:
+        """Nothing is held any more, whoever keeps the report."""
+        self.forget()
+        self._watch = self._state = None
 
     def run(self, module: nn.Module, own: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
         graph = self._graph(module, own, args, kwargs)
@@ -238,9 +242,10 @@ class Graphs:
             given = ", ".join(
                 f"{n} {tuple(v.shape)}" for n, v in zip(names, statics, strict=True) if torch.is_tensor(v)
             )
+            why = error.__context__ or error  # torch's own error says only that the capture failed
             raise RuntimeError(
-                f"cuda_graphs: {self.path or 'the model'} cannot be captured with {given}: {error}. "
-                "Patch it with cuda_graphs=False"
+                f"cuda_graphs: {self.path or 'the model'} cannot be captured with {given}: {why}. "
+                "Start again with cuda_graphs=False: after a capture that failed torch draws no more random numbers"
             ) from error
         self.captured += 1
         return graph
@@ -268,7 +273,7 @@ def _unfit_call(names: tuple[str, ...], values: tuple[Any, ...]) -> str:
         return "without a tensor"
     if cuda_graph.Recorder.recording():
         return "inside a capture of somebody else's"
-    if _seeds._sources is not None:
+    if _seeds.packed():
         return "in a packed run, whose replicas draw from generators of their own"
     if backends._modes() or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
         return "under a dispatch mode or hooks on saved tensors"

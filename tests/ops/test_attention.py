@@ -12,7 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 import petune_kernels as pk
 from petune_kernels import reference
-from petune_kernels.ops.attention import attention, attention_interface
+from petune_kernels.ops.attention import attention
+from petune_kernels.patch.attention import attention_interface
 
 from .table import DTYPES, forward_floor, no_worse_than_eager, row_sum_floor, run_under_isa
 
@@ -411,3 +412,27 @@ def test_interface_adds_a_position_bias(masked: bool, trains: bool) -> None:
     assert len(results[0]) == (5 if trains else 4)
     for own, ours in zip(*results, strict=True):
         torch.testing.assert_close(ours, own)
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+def test_autocast_takes_what_rotary_embeddings_widened(dtype: torch.dtype) -> None:
+    q, k, v = (torch.randn(2, 3, 5, 8, requires_grad=True) for _ in range(3))
+    with torch.autocast("cpu", dtype=dtype):
+        o = attention(q, k, v.to(dtype))
+    o.sum().backward()
+    assert o.dtype == dtype and q.grad is not None and q.grad.dtype == torch.float32
+    assert torch.equal(o, attention(q.to(dtype), k.to(dtype), v.to(dtype)))
+
+
+def test_a_mask_that_trains_takes_torchs_attention() -> None:
+    """Doge's: its gradient is the [S, K] tensor that the op never builds."""
+    q, k, v = (torch.randn(2, 4, 5, 8) for _ in range(3))
+    mask = torch.randn(2, 1, 5, 5, requires_grad=True)
+    o, _ = attention_interface(torch.nn.Module(), q, k, v, mask, scaling=0.5, is_causal=False)
+    (found,) = torch.autograd.grad(o.square().sum(), mask)
+    wide = mask.detach().double().requires_grad_()
+    exact = torch.softmax(q.double() @ k.double().mT * 0.5 + wide, -1) @ v.double()
+    torch.testing.assert_close(found.double(), torch.autograd.grad(exact.square().sum(), wide)[0], rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        again, _ = attention_interface(torch.nn.Module(), q, k, v, mask, scaling=0.5, is_causal=False)
+    torch.testing.assert_close(again, o.detach(), rtol=1e-5, atol=1e-5)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from petune_kernels.ops.attention import attention_interface, attention_mask_interface
+from petune_kernels.patch.attention import attention_interface, attention_mask_interface
 
 
 @pytest.fixture
