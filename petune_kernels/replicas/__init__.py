@@ -70,6 +70,8 @@ def replicate(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"replicate: model is {type(model).__name__}; accepted is a torch.nn.Module")
+    if not isinstance(seeds, Iterable) or isinstance(seeds, str):
+        raise TypeError(f"replicate: seeds is {seeds!r}; accepted is one entry a replica: ints or (wi, do)")
     pairs = [_pair(s) for s in seeds]
     if not pairs:
         raise ValueError("replicate: seeds is empty; accepted is at least one")
@@ -204,9 +206,14 @@ class Replicas:
         if len(batches) != len(self.active):
             raise ValueError(f"stack: {len(batches)} batches; accepted is one for each of {len(self.active)} replicas")
         whole: dict[str, Any] = {}
+        for batch in batches:
+            if batch.keys() != batches[0].keys():
+                raise ValueError(f"stack: a batch has {', '.join(batch)}, the first {', '.join(batches[0])}")
         for name, first in batches[0].items():
             parts = [batch[name] for batch in batches]
             if not isinstance(first, Tensor):
+                if any(isinstance(part, Tensor) or part != first for part in parts):
+                    raise ValueError(f"stack: {name} is {first!r} in the first batch only; accepted is the same in all")
                 whole[name] = first
                 continue
             shapes = {tuple(part.shape) for part in parts}
@@ -226,6 +233,7 @@ class Replicas:
 
     def stop(self, g: int) -> None:
         """Replica g leaves the batch with the values that it has."""
+        self._in_use("stop")
         self._sources.active.remove(self._in_batch(g))
         with torch.no_grad():
             for p in self._rows[g].values():
@@ -234,6 +242,7 @@ class Replicas:
 
     def resume(self, g: int) -> None:
         """A stopped replica joins the batch again, at its end."""
+        self._in_use("resume")
         if self._known(g) in self.active:
             raise ReplicaError(f"replica {g} was not stopped")
         self._sources.active.append(g)
@@ -241,8 +250,7 @@ class Replicas:
 
     def replica(self, g: int) -> nn.Module:
         """An ordinary, unpatched model with replica g's values: a copy, which shares nothing."""
-        if self._released:
-            raise ReplicaError("replica: the model was released")
+        self._in_use("replica")
         own = self._rows[self._known(g)]
         values = {id(p): nn.Parameter(own[name].detach().clone()) for name, p in self._packed.items()}
         copied = twin(self.model, values, share=False, forget=self)
@@ -253,8 +261,7 @@ class Replicas:
     @torch.no_grad()
     def release(self, g: int | None = None) -> nn.Module:
         """The model as it was before `replicate`, the same parameters; with replica g's values, where g is given."""
-        if self._released:
-            raise ReplicaError("release: the model was released already")
+        self._in_use("release")
         values = {} if g is None else self._rows[self._known(g)]
         self._released = True
         for module, own, name in self._homes:
@@ -263,6 +270,10 @@ class Replicas:
             self._originals[name].copy_(value)
         self._undo()
         return self.model
+
+    def _in_use(self, call: str) -> None:
+        if self._released:
+            raise ReplicaError(f"{call}: the model was released already")
 
     def _known(self, g: int) -> int:
         if not isinstance(g, int) or not 0 <= g < len(self._rows):

@@ -60,14 +60,13 @@ def check(model: nn.Module, trained: Mapping[str, nn.Parameter], binders: Binder
     with torch.random.fork_rng(cuda), meta.no_autocast(device):
         own = []
         for g, one in enumerate(alone):
-            torch.manual_seed(_SEEDS[g])
             try:
-                own.append(_run(one, {k: v[_ROWS * g : _ROWS * (g + 1)] for k, v in inputs.items()}))
+                own.append(_packed(one, {k: v[_ROWS * g : _ROWS * (g + 1)] for k, v in inputs.items()}, _SEEDS[g]))
             except Exception as error:
                 return f"it does not run on a short input: {type(error).__name__}: {_first(error)}"
         before = _state(device)
         try:
-            together = _packed(packed, inputs)
+            together = _packed(packed, inputs, *_SEEDS)
         except Exception as error:
             return f"packed, it does not run: {type(error).__name__}: {_first(error)}"
         if not _same(before, _state(device)):
@@ -119,8 +118,8 @@ def _run(model: nn.Module, inputs: Mapping[str, Tensor]) -> list[Tensor]:
     return trace.floats(model(**inputs))
 
 
-def _packed(model: nn.Module, inputs: Mapping[str, Tensor]) -> list[Tensor]:
-    with _seeds.replicated(_seeds.Sources(_SEEDS)):
+def _packed(model: nn.Module, inputs: Mapping[str, Tensor], *seeds: int) -> list[Tensor]:
+    with _seeds.replicated(_seeds.Sources(seeds)):
         return _run(model, inputs)
 
 
@@ -149,7 +148,7 @@ def _culprits(packed: nn.Module, inputs: Mapping[str, Tensor], device: torch.dev
     # for all modules at once: hooks on the modules themselves would take them out of the fused forwards
     handles = [hooks.register_module_forward_pre_hook(before), hooks.register_module_forward_hook(after)]
     try:
-        _packed(packed, inputs)
+        _packed(packed, inputs, *_SEEDS)
     finally:
         for handle in handles:
             handle.remove()

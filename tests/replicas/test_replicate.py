@@ -11,7 +11,11 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 import petune_kernels as pk
+from petune_kernels import cuda_graph
+from petune_kernels.ops import _seeds, attention
+from petune_kernels.patch import graphs
 
+from ..recorder import Recorder
 from .runs import QV, data, init, make, unlabelled
 
 
@@ -240,12 +244,14 @@ BAD_SEEDS = {
     "text": (["a"], "seeds has 'a'"),
     "a flag": ([True], "seeds has True"),
     "a float": ([(1, 2.0)], "seeds has"),
+    "a number": (20, "seeds is 20; accepted is one entry a replica"),
+    "a word": ("12", "seeds is '12'; accepted is one entry a replica"),
 }
 
 
 @pytest.mark.parametrize("seeds,message", BAD_SEEDS.values(), ids=BAD_SEEDS.keys())
 def test_seeds_that_are_none_are_named(seeds: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         pk.replicate(make("bert", "frozen"), seeds)
 
 
@@ -254,3 +260,63 @@ def test_other_arguments_are_named() -> None:
         pk.replicate("bert", [0])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="init is 'random'; accepted are 'draw', 'keep'"):
         pk.replicate(make("bert", "frozen"), [0], init="random")
+
+
+def test_nothing_packs_a_released_model_again() -> None:
+    model = make("bert", "layernorm")
+    own = [(id(p), p.shape) for p in model.parameters()]
+    runs = pk.replicate(model, [0, 1], init=init)
+    runs.stop(1)
+    runs.release()
+    for call in (lambda: runs.stop(0), lambda: runs.resume(1), lambda: runs.replica(0), runs.release):
+        with pytest.raises(pk.ReplicaError, match="the model was released already"):
+            call()
+    assert [(id(p), p.shape) for p in model.parameters()] == own
+
+
+def test_batches_that_differ_in_more_than_their_rows_are_named() -> None:
+    runs = pk.replicate(make("bert", "layernorm"), [0, 1], init=init)
+    one = unlabelled(next(data("bert", 0)))
+    with pytest.raises(ValueError, match="stack: a batch has input_ids, .* the first input_ids"):
+        runs.stack([{"input_ids": one["input_ids"]}, one])
+    with pytest.raises(ValueError, match="stack: use_cache is True in the first batch only"):
+        runs.stack([one | {"use_cache": True}, one | {"use_cache": False}])
+
+
+def test_masks_of_torchs_own_attention_are_no_replica_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on CUDA, where torch's fused attention serves: a packed run draws its own there, too."""
+    monkeypatch.setattr(attention, "_native", lambda q: True)
+    model = make("bert", "layernorm", attention_probs_dropout_prob=0.3)
+    runs = pk.replicate(model, [3, 4], init="keep")
+    batch = unlabelled(next(data("bert", 0)))
+    solo = make("bert", "layernorm", attention_probs_dropout_prob=0.3)
+    pk.patch(solo)
+    state = torch.get_rng_state()
+    together = runs.split(model(**runs.repeat(batch)).logits)
+    assert torch.equal(torch.get_rng_state(), state)
+    for g, seed in enumerate((3, 4)):
+        with _seeds.replicated(_seeds.Sources([seed])):
+            torch.testing.assert_close(together[g], solo(**batch).logits)
+
+
+def test_a_model_with_graphs_has_them_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_graph, "Recorder", Recorder)
+    for give_back in ("release", "refusal"):
+        model = make("bert", "layernorm").train()
+        pk.patch(model, cuda_graphs=True)
+        before = condition(model)
+        if give_back == "release":
+            pk.replicate(model, [0, 1], init="keep").release()
+        else:
+            with pytest.raises(pk.ReplicaError, match="init: "):
+                pk.replicate(model, [0, 1], init=fails)
+        assert [(n, i, d) for n, i, d, *_ in condition(model)[1]] == [(n, i, d) for n, i, d, *_ in before[1]]
+        batch = next(data("bert", 0))
+        for _ in range(3):
+            model(**batch).loss.backward()
+        (found,) = graphs.of(model).values()
+        assert found.replayed == 2
+
+
+def fails(model: nn.Module, wi: int) -> None:
+    raise ValueError("no such luck")
