@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -10,6 +12,26 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 WARM = 3
+
+
+@functools.cache
+def _stream(index: int) -> torch.cuda.Stream:
+    """One a device for all captures: torch keeps workspaces for every stream that a matmul ran on, for good."""
+    return torch.cuda.Stream(index)
+
+
+@contextlib.contextmanager
+def as_captured() -> Iterator[None]:
+    """Within it transformers makes the masks of a capture, in which it may not ask whether they hide anything: what
+    warms up then runs the kernels that are captured."""
+    from transformers.utils import import_utils
+
+    own = import_utils.is_cuda_stream_capturing
+    import_utils.is_cuda_stream_capturing = lambda: True
+    try:
+        yield
+    finally:
+        import_utils.is_cuda_stream_capturing = own
 
 
 class Recorder:
@@ -26,7 +48,7 @@ class Recorder:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._pool = torch.cuda.graph_pool_handle()
-        self._stream = torch.cuda.Stream(device)
+        self._stream = _stream(torch.cuda.current_device() if device.index is None else device.index)
 
     @staticmethod
     def recording() -> bool:
@@ -38,10 +60,20 @@ class Recorder:
         with torch.cuda.device(self._device):
             now = torch.cuda.current_stream()
             self._stream.wait_stream(now)
-            with torch.cuda.stream(self._stream):
+            with torch.cuda.stream(self._stream), as_captured():
                 for _ in range(times):
                     function()
             now.wait_stream(self._stream)
+
+    def probe(self, function: Callable[[], None]) -> None:
+        """Warms up once more and raises RuntimeError where that waits for the GPU, which no capture may. To try it in a
+        capture would leave torch's generator there: nothing could be drawn any more in this process."""
+        before = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            self.warm(function, times=1)
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
 
     def record(self, function: Callable[[], None]) -> Callable[[], None]:
         """Captures it, which runs none of its kernels; returns what replays them.
@@ -53,6 +85,7 @@ class Recorder:
         with (
             torch.jit.optimized_execution(False),
             torch.cuda.device(self._device),
+            torch.cuda.stream(torch.cuda.current_stream(self._device)),  # a capture that fails stays on its own
             torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"),
         ):
             function()

@@ -2,8 +2,8 @@
 
 What holds of a real graph holds here: Python does not run at a replay, addresses are those of the recording, every
 intermediate result stands in one place and is overwritten, random numbers are drawn anew, and recording changes nothing
-that was there before. What it does not show: memory that one graph of a pool takes from another, and what may not be
-captured at all (a copy to the host).
+that was there before. A number read by the host is refused, as the probe before a capture does. What it does not show:
+memory that one graph of a pool takes from another.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from petune_kernels import cuda_graph
 
 
 class _Log(TorchDispatchMode):
@@ -42,6 +44,15 @@ class _Log(TorchDispatchMode):
         return out
 
 
+class _Waits(TorchDispatchMode):
+    """Raises where a GPU would be waited for."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
+            raise RuntimeError("called a synchronizing operation")
+        return func(*args, **(kwargs or {}))
+
+
 class Recorder:
     """Stands in for petune_kernels.cuda_graph.Recorder."""
 
@@ -55,12 +66,17 @@ class Recorder:
         return False
 
     def warm(self, function: Callable[[], None], times: int = 3) -> None:
-        for _ in range(times):
-            function()
+        with cuda_graph.as_captured():
+            for _ in range(times):
+                function()
+
+    def probe(self, function: Callable[[], None]) -> None:
+        with _Waits():
+            self.warm(function, times=1)
 
     def record(self, function: Callable[[], None]) -> Callable[[], None]:
         # TorchScript makes a number by a dispatched poison and a write that is not: only the former would be replayed
-        with pytest.MonkeyPatch.context() as patch, _Log() as log:
+        with pytest.MonkeyPatch.context() as patch, cuda_graph.as_captured(), _Log() as log:
             patch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
             function()
         with torch.no_grad():

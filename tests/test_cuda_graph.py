@@ -46,7 +46,7 @@ def test_a_number_made_by_torchscript_is_replayed(scaled: Any) -> None:
 
 def test_torchscript_does_not_specialise_in_a_capture(scaled: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """At the second run with a shape it would, and on a GPU compile and load kernels."""
-    for name in ("graph", "device"):
+    for name in ("graph", "device", "stream", "current_stream"):
         monkeypatch.setattr(torch.cuda, name, lambda *_, **__: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=None))
     recorder = cuda_graph.Recorder.__new__(cuda_graph.Recorder)
@@ -60,6 +60,53 @@ def test_torchscript_does_not_specialise_in_a_capture(scaled: Any, monkeypatch: 
     assert not _specialised(scaled)
     run()
     assert _specialised(scaled)
+
+
+def test_a_capture_that_fails_leaves_the_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's own context ends the capture before it leaves the stream, and raises there."""
+    stream = "the user's"
+
+    class Breaks:
+        def __init__(self, *_: Any, **more: Any) -> None:
+            self._to = more["stream"]
+
+        def __enter__(self) -> None:
+            nonlocal stream
+            stream = self._to
+
+        def __exit__(self, *_: Any) -> None:
+            raise RuntimeError("capture_end")
+
+    @contextlib.contextmanager
+    def restoring(to: Any) -> Any:
+        nonlocal stream
+        before = stream
+        try:
+            yield
+        finally:
+            stream = before
+
+    monkeypatch.setattr(torch.cuda, "device", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: stream)
+    monkeypatch.setattr(torch.cuda, "stream", restoring)
+    monkeypatch.setattr(torch.cuda, "graph", Breaks)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=None))
+    recorder = cuda_graph.Recorder.__new__(cuda_graph.Recorder)
+    recorder._device, recorder._pool, recorder._stream = CPU, None, "its own"  # type: ignore[assignment]
+    with pytest.raises(RuntimeError, match="capture_end"):
+        recorder.record(lambda: None)
+    assert stream == "the user's"
+
+
+def test_warming_up_makes_the_masks_of_a_capture() -> None:
+    """In a capture transformers may not ask the GPU whether a mask hides anything, so it keeps it."""
+    from transformers.utils import import_utils
+
+    seen: list[bool] = []
+    recorder = Recorder(CPU)
+    recorder.warm(lambda: seen.append(import_utils.is_cuda_stream_capturing()), times=2)
+    recorder.record(lambda: seen.append(import_utils.is_cuda_stream_capturing()))
+    assert seen == [True] * 3 and not import_utils.is_cuda_stream_capturing()
 
 
 def _specialised(function: Any) -> bool:

@@ -66,6 +66,10 @@ class Graph:
             recorder.warm(self._once)
             before = recorder.reserved()
             with cuda_graph.HostNumbers():
+                try:
+                    recorder.probe(self._once)
+                except RuntimeError as error:
+                    raise Unservable(f"that no graph takes ({str(error).splitlines()[0]})") from error
                 self._replay_forward = recorder.record(self._run_forward)
                 self._replay_backward = recorder.record(self._run_backward) if self._given else None
         self._live = []
@@ -111,7 +115,8 @@ class Graph:
 
     def _run_backward(self) -> None:
         live, self._live = self._live, []
-        grads = torch.autograd.grad(live, self._wanted, self._given, allow_unused=True)
+        with torch.autocast(self._autocast["device_type"], enabled=False):  # as around a plain backward
+            grads = torch.autograd.grad(live, self._wanted, self._given, allow_unused=True)
         n = len(self._sources)
         if self._groups is None:  # which gradients there are
             by_dtype: dict[torch.dtype, list[int]] = {}
