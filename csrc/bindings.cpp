@@ -135,7 +135,7 @@ struct Seed {
   }
 };
 
-// The stream of the tensor's device, and its workspace.
+// The stream of the tensor's device.
 struct Launch {
 #ifdef PETUNE_CUDA
   torch::stable::accelerator::DeviceGuard guard;
@@ -146,18 +146,15 @@ struct Launch {
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &out));
     return out;
   }
-  // Zero-filled: the blocks of a one-launch reduction draw tickets from it.
-  static Tensor workspace(const Tensor& like, size_t bytes) {
-    return torch::stable::new_zeros(like, {static_cast<int64_t>(bytes)}, ScalarType::Byte);
-  }
 #else
   explicit Launch(const Tensor&) {}
   Stream stream() const { return nullptr; }
-  static Tensor workspace(const Tensor& like, size_t bytes) {
-    return dense(like, {static_cast<int64_t>(bytes)}, aoti_torch_dtype_uint8());
-  }
 #endif
 };
+
+Tensor scratch(const Tensor& like, size_t bytes) {
+  return dense(like, {static_cast<int64_t>(bytes)}, aoti_torch_dtype_uint8());
+}
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> residual_norm(Tensor x, MaybeTensor bias, MaybeTensor residual,
                                                          MaybeTensor gamma, MaybeTensor beta, MaybeTensor seed,
@@ -227,7 +224,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> residual_norm_backward(
                             dbeta.data(),
                             nullptr,
                             params.shared};
-  Tensor workspace = Launch::workspace(dy, kernels::residual_norm_backward_workspace(args));
+  Tensor workspace = scratch(dy, kernels::residual_norm_backward_workspace(args));
   args.workspace = write(workspace);
   kernels::residual_norm_backward(args, launch.stream());
   return {dresidual.tensor, dx.tensor, dbias.tensor, dgamma.tensor, dbeta.tensor};
@@ -255,7 +252,7 @@ std::tuple<Tensor, Tensor, Tensor> bias_act_backward(Tensor dh, Tensor u, MaybeT
       T,          N,          params.G, dtype_of(u),           params.dtype, read(dh),     read(u),
       read(bias), read(gate), nullptr,  static_cast<Act>(act), du.data(),    dbias.data(), dgate.data(),
       nullptr};
-  Tensor workspace = Launch::workspace(u, kernels::bias_act_backward_workspace(args));
+  Tensor workspace = scratch(u, kernels::bias_act_backward_workspace(args));
   args.workspace = write(workspace);
   kernels::bias_act_backward(args, launch.stream());
   return {du.tensor, dbias.tensor, dgate.tensor};
@@ -296,7 +293,7 @@ std::tuple<Tensor, Tensor> bias_act_coded_backward(Tensor dh, Tensor code, Maybe
                        dbias.data(),
                        nullptr,
                        nullptr};
-  Tensor workspace = Launch::workspace(dh, kernels::bias_act_backward_workspace(args));
+  Tensor workspace = scratch(dh, kernels::bias_act_backward_workspace(args));
   args.workspace = write(workspace);
   kernels::bias_act_backward(args, launch.stream());
   return {du.tensor, dbias.tensor};
@@ -308,7 +305,7 @@ Tensor column_sum(Tensor x, int64_t groups) {
   const Launch launch(x);
   Tensor out = dense(x, {groups, N}, aoti_torch_dtype_float32());
   ColumnSum args{T, N, groups, dtype_of(x), read(x), static_cast<float*>(write(out)), nullptr};
-  Tensor workspace = Launch::workspace(x, kernels::column_sum_workspace(args));
+  Tensor workspace = scratch(x, kernels::column_sum_workspace(args));
   args.workspace = write(workspace);
   kernels::column_sum(args, launch.stream());
   return out;
@@ -430,7 +427,7 @@ std::tuple<Tensor, Tensor> lora_adapter_backward(MaybeTensor dx, Tensor dy, Mayb
       T,         shape.K,   shape.N, shape.r, shape.G,    seeds.count, dtype_of(dy), dtype_of(a),
       read(dy),  read(x),   read(a), read(b), seeds.data, p,           scale,        dx ? write(*dx) : nullptr,
       da.data(), db.data(), nullptr};
-  Tensor workspace = Launch::workspace(dy, kernels::lora_adapter_backward_workspace(args));
+  Tensor workspace = scratch(dy, kernels::lora_adapter_backward_workspace(args));
   args.workspace = write(workspace);
   kernels::lora_adapter_backward(args);
   return {da.tensor, db.tensor};

@@ -49,7 +49,7 @@ struct ResidualNormBackward {
   bool rms, row_is_z;            // row holds z, or xhat
   void *dresidual, *dx;          // [T, H]: gradient of z, and of x behind the dropout; either may be null
   void *dbias, *dgamma, *dbeta;  // [G, H] in param_dtype; each may be null
-  void* workspace;               // residual_norm_backward_workspace bytes, CUDA: zero-filled
+  void* workspace;               // residual_norm_backward_workspace bytes, of any contents
   int shared;                    // as above; such a parameter has no gradient here
 };
 

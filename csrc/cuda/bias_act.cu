@@ -282,7 +282,7 @@ void bias_act_backward(const BiasActBackward& op, Stream stream_handle) {
   }
   if (op.du == nullptr && op.dbias == nullptr && op.dgate == nullptr) return;
   const Plan plan = plan_backward(op);
-  require_workspace(op.workspace, plan.workspace, "bias_act_backward");
+  plan.sums.start("bias_act_backward", stream);
   with_dtype(op.dtype, [&](auto type) {
     using T = decltype(type);
     const bool vector = op.N % kChunk<T> == 0 && aligned16(op.dh, op.u, op.bias, op.gate, op.code, op.du, op.dgate);

@@ -1,4 +1,4 @@
-// column_sum: out[g, n] = sum over the rows t of replica g of x[t, n], in fp32. One read of x, one launch.
+// column_sum: out[g, n] = sum over the rows t of replica g of x[t, n], in fp32. One read of x, one kernel.
 #include "columns.cuh"
 
 namespace petune::cuda {
@@ -42,7 +42,7 @@ Plan plan_of(const ColumnSum& op) {
   const int N = checked_width(op.N, "column_sum");
   if (op.T == 0 || N == 0 || op.G == 0) return plan;
   const int chunk = static_cast<int>(16 / dtype_size(op.dtype));
-  plan.columns = make_columns(op.T, op.G, N, chunk, kRows, multiprocessors() * int64_t{4}, DType::f32);
+  plan.columns = make_columns(op.T, op.G, N, chunk, kRows, multiprocessors() * int64_t{3}, DType::f32);
   void* const out[kMaxSums] = {op.out, nullptr, nullptr};
   plan.workspace =
       ColumnSums::plan(plan.sums, op.workspace, op.G, op.G * plan.columns.slabs, plan.columns.blocks, N, out, true);
@@ -66,7 +66,7 @@ void column_sum(const ColumnSum& op, Stream stream_handle) {
     return;
   }
   const Plan plan = plan_of(op);
-  require_workspace(op.workspace, plan.workspace, "column_sum");
+  plan.sums.start("column_sum", stream);
   with_dtype(op.dtype, [&](auto type) {
     using T = decltype(type);
     const bool vector = op.N % kChunk<T> == 0 && aligned16(op.x);

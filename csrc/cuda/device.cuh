@@ -74,7 +74,7 @@ inline size_t dtype_size(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
 inline void require_workspace(const void* workspace, size_t bytes, const char* what) {
   if (workspace == nullptr && bytes > 0)
     throw std::invalid_argument(std::string("petune: ") + what + ": workspace is null, " + std::to_string(bytes) +
-                                " zero-filled bytes are needed");
+                                " bytes are needed");
 }
 
 // Calls f with a value of the C++ type that `dtype` names. PETUNE_ONLY_BF16 builds a third of the kernels, for a quick

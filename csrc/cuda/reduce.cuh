@@ -1,13 +1,14 @@
 // Sums, in a fixed order: over the threads of one row, and over the blocks of one column sum.
 //
-// Column sums take ONE launch and no float atomics. Every block writes one row of fp32 partials; an int ticket tells
+// Column sums take ONE kernel and no float atomics. Every block writes one row of fp32 partials; an int ticket tells
 // which block of a team of about sqrt(blocks) came last, that block adds up its team's rows, and the last of those adds
 // up the teams. Which block does the work varies; which numbers are added in which order does not, so the result is
 // bit-equal from run to run. Two levels, because one block alone would read all the partials through one
 // multiprocessor: blocks * H * 4 bytes at some 100 GB/s, 4 us for 132 x 768, against 2 * sqrt(132) * H * 4 in two
 // levels.
 //
-// The last block sets its ticket back to 0: a workspace that was zero-filled once stays usable.
+// Tickets start at 0: `start` clears them on the stream, some hundred bytes, before the kernel. The partials need no
+// clearing.
 #pragma once
 #include "chunk.cuh"
 
@@ -56,8 +57,9 @@ struct ColumnSums {
   float* partial[kMaxSums];  // each [G][blocks][width]; null: not wanted
   void* out[kMaxSums];       // each [G][width]
   bool out_f32;              // out is fp32, else it has the kernel's type
-  int* tickets;              // [jobs][1 + teams], zero
-  int blocks, team, teams;   // blocks of a job, blocks of a team, teams of a job
+  int* tickets;              // [jobs][1 + teams], zero when the kernel begins
+  size_t ticket_bytes;
+  int blocks, team, teams;  // blocks of a job, blocks of a team, teams of a job
 
   // Lays out `workspace` (null: only count) and returns its size in bytes.
   static size_t plan(ColumnSums& sums, void* workspace, int64_t G, int64_t jobs, int blocks, int64_t width,
@@ -69,7 +71,8 @@ struct ColumnSums {
     sums.teams = ceil_div(blocks, root);
     sums.out_f32 = out_f32;
     sums.tickets = static_cast<int*>(workspace);
-    size_t bytes = ceil_div<size_t>(jobs * (1 + sums.teams) * sizeof(int), 256) * 256;
+    sums.ticket_bytes = jobs * (1 + sums.teams) * sizeof(int);
+    size_t bytes = ceil_div<size_t>(sums.ticket_bytes, 256) * 256;
     for (int k = 0; k < kMaxSums; ++k) {
       sums.out[k] = out[k];
       sums.partial[k] = nullptr;
@@ -79,6 +82,12 @@ struct ColumnSums {
     }
     return bytes;
   }
+
+  void start(const char* op, cudaStream_t stream) const {
+    if (ticket_bytes == 0) return;
+    require_workspace(tickets, ticket_bytes, op);
+    check(cudaMemsetAsync(tickets, 0, ticket_bytes, stream), "cudaMemsetAsync");
+  }
 };
 
 // True in all threads of the last of `expected` blocks to come here; what the others wrote before is then visible.
@@ -86,10 +95,7 @@ __device__ __forceinline__ bool arrive_last(int* ticket, int expected) {
   __shared__ bool last;
   __threadfence();
   __syncthreads();
-  if (threadIdx.x == 0) {
-    last = atomicAdd(ticket, 1) == expected - 1;
-    if (last) *ticket = 0;
-  }
+  if (threadIdx.x == 0) last = atomicAdd(ticket, 1) == expected - 1;
   __syncthreads();
   if (last) __threadfence();
   return last;

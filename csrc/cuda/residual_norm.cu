@@ -646,7 +646,7 @@ void residual_norm_backward(const ResidualNormBackward& op, Stream stream_handle
     return;
   }
   if (plan.wanted == 0 && op.dresidual == nullptr && op.dx == nullptr) return;
-  require_workspace(op.workspace, plan.workspace, "residual_norm_backward");
+  plan.sums.start("residual_norm_backward", stream);
   with_dtype(op.dtype, [&](auto type) {
     using T = decltype(type);
     switch (plan.shape.chunks) {

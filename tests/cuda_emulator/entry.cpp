@@ -1,5 +1,5 @@
 // C functions over the CUDA backend, for ctypes. Each takes an op's struct of ops.h and returns an error message, or
-// null. A backward gets a zero-filled workspace, as from the binding, and runs `runs` times on it.
+// null. A backward gets a workspace full of NaN and runs `runs` times on it.
 #include <cstdlib>
 #include <cstring>
 #include <memory>
@@ -40,7 +40,7 @@ void with_workspace(Op op, int runs, size_t (*size)(const Op&), void (*run)(cons
   // exactly as long as asked, so that AddressSanitizer sees its end
   if (bytes > 0 && posix_memalign(&memory, 256, bytes) != 0) throw std::bad_alloc();
   const std::unique_ptr<void, decltype(&std::free)> owner(memory, &std::free);
-  if (bytes > 0) std::memset(memory, 0, bytes);
+  if (bytes > 0) std::memset(memory, 0xff, bytes);
   op.workspace = memory;
   for (int i = 0; i < runs; ++i) {
     spoil(op);

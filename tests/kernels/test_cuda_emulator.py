@@ -334,7 +334,7 @@ def test_any_interleaving_gives_the_same_bits(emulator, H):
         results = all_ops(emulator, H)
         expected = expected or results
         assert all(torch.equal(r, e) for r, e in zip(results, expected, strict=True)), order
-    emulator.runs = 2  # on the workspace as the first run left it: the tickets are back at zero
+    emulator.runs = 2  # on the workspace as the first run left it
     assert all(torch.equal(r, e) for r, e in zip(all_ops(emulator, H), expected, strict=True))
 
 
