@@ -60,14 +60,14 @@ def keep_tile(seed, threshold, row, first, WIDTH: tl.constexpr, COLS: tl.constex
     return words.to(tl.uint32, bitcast=True) >= threshold.to(tl.uint32)
 
 
-@triton.jit
-def finish_kernel(partial, out, scale, COUNT: tl.constexpr, SIZE, BLOCK: tl.constexpr, DEPTH: tl.constexpr):
-    """out[SIZE] = scale * sum over COUNT partials [COUNT, SIZE], always in the same order."""
+@triton.jit(do_not_specialize=["count"])  # it follows T: one kernel for every length of a batch
+def finish_kernel(partial, out, scale, count, SIZE, BLOCK: tl.constexpr, DEPTH: tl.constexpr):
+    """out[SIZE] = scale * sum over `count` partials [count, SIZE], always in the same order."""
     col = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([DEPTH, BLOCK], tl.float32)
-    for start in range(0, COUNT, DEPTH):
+    for start in range(0, count, DEPTH):
         at = start + tl.arange(0, DEPTH)
-        inside = (at[:, None] < COUNT) & (col[None, :] < SIZE)
+        inside = (at[:, None] < count) & (col[None, :] < SIZE)
         total += tl.load(partial + at[:, None].to(tl.int64) * SIZE + col[None, :], mask=inside, other=0.0)
     tl.store(out + col, tl.sum(total, 0) * scale, mask=col < SIZE)
 
@@ -76,6 +76,6 @@ def finish(partial: Tensor, out: Tensor, scale: float = 1.0) -> Tensor:
     """Sums float32 partials [S, ...] into out, scaled and cast to its dtype."""
     size = out.numel()
     finish_kernel[(triton.cdiv(size, 128),)](
-        partial, out, scale, COUNT=partial.shape[0], SIZE=size, BLOCK=128, DEPTH=8, num_warps=4
+        partial, out, scale, partial.shape[0], SIZE=size, BLOCK=128, DEPTH=8, num_warps=4
     )
     return out

@@ -16,6 +16,7 @@ and dy mostly from L2; flops 2 T K N each way, and 2 T r (K + N) a low-rank prod
 
 Precision. float32 adapters beside 16-bit rows: a float32 tile is two (16-bit result) or three (float32 result) 16-bit
 tiles whose sum it is to 2^-17 or 2^-24, so that all of it runs on the 16-bit tensor cores with float32 accumulation.
+float16 has too few exponents for three terms; there a float32 result comes from tf32's tensor cores, thrice.
 Row blocks are summed by `finish` in a fixed order: deterministic. Rows of a replica never share a block with another's.
 """
 
@@ -41,6 +42,8 @@ def _split_dot(u, v, total, dtype: tl.constexpr, TERMS: tl.constexpr, PRECISION:
         total = tl.dot(u.to(tl.float32), v.to(tl.float32), total, input_precision=PRECISION)
     elif TERMS == 1:
         total = tl.dot(u.to(dtype), v.to(dtype), total)
+    elif dtype == tl.float16 and TERMS == 3:  # float16 has no room below a small factor for what it rounds away
+        total = tl.dot(u.to(tl.float32), v.to(tl.float32), total, input_precision="tf32x3")
     else:
         u0 = u.to(dtype)
         v0 = v.to(dtype)
@@ -211,7 +214,7 @@ def outer_kernel(
 
 def _precision() -> str:
     """float32 products round their factors to tf32 only where torch is allowed to, too."""
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def _rank_block(*ranks: int) -> int:
@@ -220,6 +223,11 @@ def _rank_block(*ranks: int) -> int:
 
 def _groups(*adapters: Tensor | None) -> int:
     return max((t.shape[0] for t in adapters if t is not None and t.dim() == 3), default=1)
+
+
+def _dense(given: list[Tensor | None]) -> list:
+    """Kernels make addresses from shapes."""
+    return [t if t is None else t.contiguous() for t in given]
 
 
 def _seeds(seed: Tensor | None) -> int:
@@ -276,6 +284,7 @@ def _fusable(source: Tensor, inner: Tensor, rank: int) -> bool:
 
 def lora_linear(x, w, bias, a, b, bias_b, seed, p, scale, merged):
     serve("lora_linear", x)
+    w, bias, a, b, bias_b = map(_dense, (w, bias, a, b, bias_b))
     T, ys = x.shape[0], []
     for i, m in enumerate(w):
         y, xa, a_i, b_i = x.new_empty([T, m.shape[0]]), None, a[i], b[i]
@@ -298,6 +307,7 @@ def lora_linear(x, w, bias, a, b, bias_b, seed, p, scale, merged):
 def lora_linear_backward(dy, x, w, a, b, seed, p, scale, groups, want_dx, want_da, want_db, want_dsum):
     like = next(d for d in dy if d is not None)
     serve("lora_linear_backward", like)
+    w, a, b = map(_dense, (w, a, b))
     T, n = like.shape[0], len(w)
     dx = like.new_empty([T, w[0].shape[1]]) if want_dx else nothing(like)
     da = [m.new_zeros(m.shape) if want else nothing(like) for m, want in zip(a, want_da, strict=True)]

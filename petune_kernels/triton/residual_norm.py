@@ -98,6 +98,7 @@ def _add(total, partial, value, mask, IN_MEMORY: tl.constexpr):
     """Adds a tile to a running column sum: in registers, or in the program's own partial where the row is too wide."""
     if IN_MEMORY:
         tl.store(partial, tl.load(partial, mask=mask, other=0.0) + value, mask=mask)
+        tl.debug_barrier()  # another thread may load an element next: loads and stores can have different layouts
         return total
     return total + value
 

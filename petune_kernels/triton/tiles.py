@@ -30,10 +30,11 @@ CONFIGS: dict[int, tuple[Config, ...]] = {
     100: (Config(128, 128, 64, 8, 4), Config(128, 64, 64, 4, 4), Config(64, 64, 64, 4, 4)),
 }
 
-TUNED: dict[tuple[int, int, int, int], Config] = {}
-"""Recorded choices by (depth of the product, N, T rounded up to a power of two, arch); `tune` fills it."""
+Key = tuple[int, int, int, int, int]
+TUNED: dict[Key, Config] = {}
+"""Recorded choices by (depth of the product, N, T rounded up to a power of two, item size, arch); `tune` fills it."""
 
-_chosen: dict[tuple[int, int, int, int, int], Config] = {}
+_chosen: dict[Key, Config] = {}
 
 
 def candidates(device: torch.device) -> tuple[Config, ...]:
@@ -43,25 +44,26 @@ def candidates(device: torch.device) -> tuple[Config, ...]:
 
 def configure(T: int, C: int, N: int, itemsize: int, device: torch.device) -> Config:
     """The tile for [T, C] @ [C, N]: a tuned one, else the widest that still gives every multiprocessor a tile."""
-    key = (C, N, triton.next_power_of_2(max(T, 1)), arch(device))
+    key = (C, N, triton.next_power_of_2(max(T, 1)), itemsize, arch(device))
     if key in TUNED:
         return TUNED[key]
-    if key + (itemsize,) not in _chosen:
+    if key not in _chosen:
         options = candidates(device)
         wide = [c for c in options if triton.cdiv(T, c.rows) * triton.cdiv(N, c.cols) >= processors(device)]
         best = (wide or options[-1:])[0]
         if itemsize == 4:  # the same bytes a step; a float32 product has no room for the widest tile
             best = Config(min(best.rows, 64), min(best.cols, 64), 32, 4, 3)
-        _chosen[key + (itemsize,)] = best
-    return _chosen[key + (itemsize,)]
+        _chosen[key] = best
+    return _chosen[key]
 
 
 def tune(
-    run: Callable[[], Any], T: int, C: int, N: int, device: torch.device, bench: Callable[..., float] | None = None
-) -> dict[Config, float]:
+    run: Callable[[], Any], T: int, C: int, N: int, itemsize: int, device: torch.device,
+    bench: Callable[..., float] | None = None,
+) -> dict[Config, float]:  # fmt: skip
     """Times `run`, a call whose matmul is [T, C] @ [C, N], with every configuration and records the fastest."""
     measure = triton.testing.do_bench if bench is None else bench
-    key = (C, N, triton.next_power_of_2(max(T, 1)), arch(device))
+    key = (C, N, triton.next_power_of_2(max(T, 1)), itemsize, arch(device))
     times = {}
     for config in candidates(device):
         TUNED[key] = config

@@ -224,6 +224,30 @@ def test_lora_gradient_subsets(want, p=0.5):
         )
 
 
+def test_lora_reads_weights_of_any_strides():
+    made = lora_problem(20, 24, 18, 4, torch.float32, torch.float32)
+    made["bias"] = [torch.randn(1).expand(18)]
+    strided = {name: [m.mT.contiguous().mT if m.dim() > 1 else m for m in made[name]] for name in ("w", "a", "b")}
+    assert not any(m.is_contiguous() for ms in strided.values() for m in ms)
+    args = (*(made | strided).values(), [None], [0.0], [2.0], False)
+    y = reference.lora_linear(*args)
+    same(t_lora.lora_linear(*args), y, torch.float32)
+    back = ([torch.randn_like(y[0])], made["x"], *strided.values(), [None], [0.0], [2.0], 1, True, *[[True]] * 3)
+    same(t_lora.lora_linear_backward(*back), reference.lora_linear_backward(*back), torch.float32)
+
+
+def test_small_float32_factors_beside_float16_rows():
+    """Early in a run s dy B is a millionth: split into float16 terms it would lose its last digits."""
+    made = lora_problem(64, 24, 18, 4, torch.float16, torch.float32)
+    made["b"] = [1e-4 * m for m in made["b"]]
+    dy = [1e-2 * torch.randn(64, 18, device=DEVICE).half()]
+    back = (dy, made["x"], made["w"], made["a"], made["b"], [None], [0.0], [1.0], 1, False, *[[True]] * 3)
+    for got, want in zip(
+        t_lora.lora_linear_backward(*back)[1:3], reference.lora_linear_backward(*back)[1:3], strict=True
+    ):
+        torch.testing.assert_close(got[0], want[0], rtol=1e-4, atol=1e-5 * want[0].abs().max().item())
+
+
 @pytest.mark.parametrize("dtype", MATMUL_DTYPES, ids=str)
 def test_lora_merged(dtype):
     made = lora_problem(66, 40, 24, 8, dtype, dtype)
@@ -254,10 +278,11 @@ def test_configurations_are_chosen_by_shape_and_tuned_on_request():
     assert wide.rows * wide.cols > narrow.rows * narrow.cols
     costs = iter(range(len(tiles.candidates(device)), 0, -1))
     try:
-        times = tiles.tune(lambda: None, 64, 768, 768, device, bench=lambda run: next(costs))
+        times = tiles.tune(lambda: None, 64, 768, 768, 2, device, bench=lambda run: next(costs))
         best = min(times, key=lambda c: times[c])
         assert best == tiles.candidates(device)[-1]
         assert tiles.configure(64, 768, 768, 2, device) == best
+        assert tiles.configure(64, 768, 768, 4, device).rows <= 64, "a tile of 16 bits has no room for float32"
     finally:
         tiles.TUNED.clear()
 

@@ -152,6 +152,9 @@ def test_residual_norm(case, arch, tmp_path):
         for binary in kernels[name]:
             assert binary.count(WIDE) >= 2, f"{name}: fewer than two 16-byte loads"
             assert not binary.count(NARROW), f"{name}: {binary.count(NARROW)} loads of one 16-bit element"
+    if case == "wide":  # sums kept in memory: the next row's load must not overtake this row's store
+        sums = max(kernels["backward_kernel"], key=lambda binary: binary.count(r"\bSTG"))
+        assert "BAR.SYNC" in sums.code[sums.code.rindex("STG") :]
 
 
 @pytest.mark.parametrize("arch", ARCHS)

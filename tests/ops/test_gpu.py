@@ -21,6 +21,7 @@ from torch import Tensor
 import petune_kernels as pk
 from petune_kernels import reference
 from petune_kernels.backends import pick
+from petune_kernels.ops.attention import attention
 from petune_kernels.ops.bias_act import bias_act
 from petune_kernels.ops.column_sum import column_sum
 from petune_kernels.ops.dropout import dropout
@@ -212,6 +213,63 @@ def test_against_float64(name: str, backend: str, T: int, H: int, dtype: torch.d
         assert got.shape == want.shape and not got.isnan().any()
         if got.numel():
             assert (got - want).square().mean().sqrt() <= allowed
+
+
+def eager_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    scores = q @ k.mT * q.shape[3] ** -0.5
+    return torch.softmax(scores if mask is None else scores + mask, -1) @ v
+
+
+@pytest.mark.parametrize("masked", (False, True), ids=("all", "masked"))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("h,kv", ((4, 4), (4, 2)))
+@pytest.mark.parametrize("device", ("cpu", pytest.param("cuda", marks=gpu)))
+def test_attention(device: str, h: int, kv: int, dtype: torch.dtype, masked: bool) -> None:
+    """On CUDA torch's fused attention, with heads that share keys, and a mask as it comes from a batch."""
+    q, k, v = (torch.randn(2, n, 37, 64).to(dtype) for n in (h, kv, kv))
+    mask = torch.zeros(2, 1, 1, 37, dtype=dtype).index_fill(3, torch.arange(30, 37), -torch.inf) if masked else None
+    do = torch.randn(2, h, 37, 64).to(dtype)
+
+    def run(op: Callable[..., Tensor], wide: bool) -> list[Tensor]:
+        where = {"device": "cpu", "dtype": torch.float64} if wide else {"device": device}
+        leaves = [t.to(**where).requires_grad_() for t in (q, k, v)]
+        o = op(*leaves, None if mask is None else mask.to(**where))
+        return [t.double().cpu() for t in (o, *torch.autograd.grad(o, leaves, do.to(o)))]
+
+    def eager(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        return eager_attention(q, *(t.repeat_interleave(h // kv, 1) for t in (k, v)), mask)
+
+    for got, own, exact in zip(run(attention, False), run(eager, False), run(eager, True), strict=True):
+        size = exact.square().mean().sqrt()
+        error, eagers = ((t - exact).square().mean().sqrt() for t in (got, own))
+        assert error <= 1.5 * eagers + 2 * UNIT[dtype] * size
+
+
+@pytest.mark.parametrize("device", ("cpu", pytest.param("cuda", marks=gpu)))
+def test_attention_drops_by_the_seed(device: str) -> None:
+    q, k, v = (torch.randn(2, 3, 20, 16) for _ in range(3))
+    seed = torch.tensor([12345])
+    exact = reference.attention(*(t.double() for t in (q, k, v)), None, seed, P, 0.25, False)
+    found = attention(*(t.to(device) for t in (q, k, v)), p=P, scale=0.25, seed=seed.to(device))
+    torch.testing.assert_close(found.double().cpu(), exact, rtol=1e-5, atol=1e-5)
+
+
+@gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_wide_rows_in_triton(dtype: torch.dtype) -> None:
+    """Rows whose sums are kept in memory: gamma alone, as RMSNorm tuning wants it."""
+    t = make(300, 16384, dtype)
+    dys = t["residual"].cuda()
+    found = []
+    for backend in ("triton", "triton", "reference"):
+        kind = torch.float64 if backend == "reference" else dtype
+        x, gamma = t["x"].to("cuda", kind), t["gamma"].to("cuda", kind).requires_grad_()
+        with pk.backend(backend):
+            y = residual_norm(x, gamma, rms=True)
+            assert isinstance(y, Tensor)
+            found.append(torch.autograd.grad(y, gamma, dys.to(kind))[0].double())
+    assert torch.equal(found[0], found[1])
+    assert (found[0] - found[2]).norm() <= (3 * UNIT[dtype] + 64 * UNIT[torch.float32]) * found[2].norm()
 
 
 @gpu
