@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -40,6 +41,14 @@ def find_nvcc() -> str | None:
     return nvcc
 
 
+def find_compiler() -> str | None:
+    """The command of the C++ compiler: CXX as it is given ("ccache g++"), else what is there."""
+    asked = os.environ.get("CXX")
+    if asked and not (words := shlex.split(asked)) or asked and shutil.which(words[0]) is None:
+        raise SystemExit(f"CXX={asked}: there is no such command")
+    return asked or next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+
+
 def cuda_architectures(nvcc: str) -> list[tuple[str, bool]]:
     """[('80', False), ('90', False), ('100', True)]: architecture and whether to add its PTX."""
     asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "8.0;9.0;10.0+PTX").replace(" ", ";")
@@ -57,11 +66,12 @@ class Build(build_ext):
     """Compiles with ninja, straight from the sources: the CUDA part builds against a CPU build of torch too."""
 
     def run(self) -> None:
-        compiler = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++") or shutil.which("clang++")
-        if flag("PETUNE_NO_EXTENSION") or compiler is None:
+        compiler, unwanted = find_compiler(), flag("PETUNE_NO_EXTENSION")
+        if unwanted or compiler is None:
             if flag("FORCE_CUDA"):
                 raise SystemExit("FORCE_CUDA=1 needs a C++ compiler and an extension build")
-            print("petune_kernels: no C++ compiler: pure-Python install on the reference ops", file=sys.stderr)
+            why = "PETUNE_NO_EXTENSION is set" if unwanted else "no C++ compiler"
+            print(f"petune_kernels: {why}: pure-Python install on the reference ops", file=sys.stderr)
             self.extensions = []
             return
         self.compiler_path, self.nvcc = compiler, find_nvcc()
@@ -80,7 +90,9 @@ class Build(build_ext):
         import torch
         from torch.utils.cpp_extension import include_paths, library_paths
 
-        first_line = subprocess.run([self.compiler_path, "--version"], capture_output=True, text=True, check=True)
+        first_line = subprocess.run(
+            [*shlex.split(self.compiler_path), "--version"], capture_output=True, text=True, check=True
+        )
         version, archs = "", []
         if self.nvcc:
             found = subprocess.run([self.nvcc, "--version"], capture_output=True, text=True, check=True).stdout
@@ -96,6 +108,8 @@ class Build(build_ext):
         cxx = [*FLAGS, "-std=c++20", "-Wall", "-Wno-psabi", "-Wno-maybe-uninitialized", *includes]
         report = " ".join(f"-D{key}='\"{value}\"'" for key, value in facts.items())
         libraries = [*(f"-L{p}" for p in library_paths()), "-ltorch_cpu", "-ltorch", "-lc10"]
+        if ext.name.endswith("_cuda"):  # libtorch leads to libtorch_cuda: keep it although that of a CPU build is empty
+            libraries = ["-Xlinker --no-as-needed", *libraries]
         lines = [
             f"rule cxx\n  command = {self.compiler_path} -MMD -MF $out.d {' '.join(cxx)} $flags -c $in -o $out",
             "  depfile = $out.d\n  deps = gcc",

@@ -7,8 +7,10 @@ it is loaded and the reference otherwise. `describe()` says which it is and why;
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import importlib.util
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -50,7 +52,12 @@ def _load() -> dict[str, str]:
     elif not _CUDA_LIBRARY.exists():
         missing["cuda"] = "the CUDA library was not built; install the CUDA toolkit (nvcc), set CUDA_HOME and reinstall"
     else:
-        torch.ops.load_library(str(_CUDA_LIBRARY))
+        try:
+            torch.ops.load_library(str(_CUDA_LIBRARY))
+        except OSError as error:  # built for another torch or another CUDA: Triton and the reference go on, and say so
+            missing["cuda"] = (
+                f"the CUDA library cannot be loaded ({error.__cause__ or error}); install again on this machine"
+            )
     return missing
 
 
@@ -68,12 +75,24 @@ def _has_kernel(op: str, key: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"{schema.NAMESPACE}::{op}", key.upper())
 
 
+@functools.cache
 def _triton_launcher(op: str) -> Callable[..., Any] | None:
-    """The launcher petune_kernels/triton/<op>.py has for this op (backward ops live in their forward's file)."""
+    """The launcher petune_kernels/triton/<op>.py has for this op (backward ops live in their forward's file), on the
+    device of its tensors: Triton itself launches on the current one."""
     module = f"petune_kernels.triton.{op.removesuffix('_backward')}"
     if importlib.util.find_spec("triton") is None or importlib.util.find_spec(module) is None:
         return None
-    return getattr(importlib.import_module(module), op, None)
+    launcher = getattr(importlib.import_module(module), op, None)
+    if launcher is None:
+        return None
+
+    @functools.wraps(launcher)
+    def there(x: Any, *args: Any) -> Any:
+        first = x if isinstance(x, torch.Tensor) else next(t for t in x if t is not None)
+        with torch.cuda.device_of(first):
+            return launcher(x, *args)
+
+    return there
 
 
 def _register_triton() -> frozenset[str]:
@@ -127,6 +146,9 @@ def pick(op: str, x: torch.Tensor) -> Callable[..., Any]:
         launcher = _triton_launcher(op)
         if launcher is None:
             raise BackendError(f"backend 'triton' has no kernel for {op}")
+        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+        if x.dtype not in COMPILED_DTYPES["cuda"] or not (device == "cuda" or interpreted):
+            raise BackendError(f"backend 'triton' has no kernel for {op} on {device} in {x.dtype}")
         return launcher
     served = x.dtype in COMPILED_DTYPES.get(device, ())
     if _forced is not None and not (device == _forced and served and _has_kernel(op, device)):
@@ -146,6 +168,10 @@ def composed(op: str, device: str) -> Callable[..., Any] | None:
     return getattr(reference, op) if device == "cpu" and not _has_kernel(op, device) else None
 
 
+_TORCHS = ("attention", "attention_backward")
+"""What PyTorch has itself on CUDA: the op calls it (ops/attention.py)."""
+
+
 @dataclass(frozen=True)
 class Choice:
     """What one op takes on one device. `todo` is empty where nothing is missing."""
@@ -163,7 +189,11 @@ def describe() -> list[Choice]:
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
         for op in schema.SCHEMAS:
             dtypes = ", ".join(str(d).removeprefix("torch.") for d in COMPILED_DTYPES[device])
-            if _has_kernel(op, device):
+            if device == "cuda" and op in _TORCHS:
+                rows.append(
+                    Choice(op, device, "torch", "PyTorch's fused attention; the reference where a seed is given")
+                )
+            elif _has_kernel(op, device):
                 name = "triton" if device == "cuda" and op in _ON_TRITON else device
                 rows.append(Choice(op, device, name, f"kernel loaded, for {dtypes}; other dtypes take the reference"))
             elif MISSING[device]:
@@ -173,7 +203,9 @@ def describe() -> list[Choice]:
     return rows
 
 
-def warn_if_slow() -> None:
-    """One warning where ops run on the reference for want of a compiled extension."""
-    if MISSING["cpu"]:
-        warnings.warn(f"petune_kernels runs on its reference ops: {MISSING['cpu']}", RuntimeWarning, stacklevel=3)
+def warn_if_slow(device: str) -> None:
+    """One warning where ops of this device run on the reference for want of something that can be installed."""
+    slow = [choice for choice in describe() if choice.device == device and choice.todo]
+    if slow:
+        ops = "all ops" if len(slow) == len(schema.SCHEMAS) else ", ".join(choice.op for choice in slow)
+        warnings.warn(f"petune_kernels runs {ops} on its reference: {slow[0].todo}", RuntimeWarning, stacklevel=3)

@@ -34,7 +34,8 @@ class PetuneCallback(TrainerCallback):
     Raises, from Trainer's own calls:
         PatchError: as `pk.patch` does.
         ValueError: as `pk.tune` does; or `regime` was given with an optimizer that does not hold what it trains.
-        RuntimeError: `regime` was given, and the model was made after the callback could choose its parameters.
+        RuntimeError: `regime` was given, and the model was made after the callback could choose its parameters; or
+            Trainer would use nn.DataParallel (several GPUs in one process).
 
     A training run that raises leaves the model patched; `pk.unpatch(model)` is then up to the caller.
     """
@@ -58,6 +59,11 @@ class PetuneCallback(TrainerCallback):
         optimizer: torch.optim.Optimizer | None = None,
         **kwargs: Any,
     ) -> None:
+        if args.n_gpu > 1:
+            raise RuntimeError(
+                f"PetuneCallback: Trainer would copy the model to {args.n_gpu} GPUs (nn.DataParallel), and copies run "
+                "the first one's fused forwards; start it with torchrun, or show it one GPU (CUDA_VISIBLE_DEVICES=0)"
+            )
         if self.regime is not None:
             self.tuned = tune(model, self.regime)
             if optimizer is not None:

@@ -92,6 +92,8 @@ def test_wheel_runs_and_carries_no_torch(tmp_path: Path) -> None:
     assert any(n.startswith("petune_kernels/_C.") for n in names)
     assert not any("libtorch" in n or "libc10" in n for n in names)
     assert ("petune_kernels/_cuda.so" in names) == bool(info["cuda"])
+    if info["cuda"]:  # through libtorch.so it finds libtorch_cuda.so, which the CPU build of torch beside it now lacks
+        assert b"\0libtorch.so\0" in zipfile.ZipFile(final).read("petune_kernels/_cuda.so")
     assert " cpu []" in use(final, tmp_path / "site")
 
 
@@ -99,10 +101,15 @@ def test_install_without_a_compiler(tmp_path: Path) -> None:
     """No compiler on PATH: a pure-Python install that works on the reference ops and says so."""
     source = copy_of_the_sources(tmp_path / "source")
     (tmp_path / "bin").mkdir()
-    wheel = build_wheel(tmp_path / "dist", source, PATH=str(tmp_path / "bin"), CXX="no-such-compiler")
+    wheel = build_wheel(tmp_path / "dist", source, PATH=str(tmp_path / "bin"), CXX="")
     assert not any(n.endswith(".so") for n in zipfile.ZipFile(wheel).namelist())
     said = use(wheel, tmp_path / "site")
     assert " reference " in said and "install a C++ compiler" in said
+
+
+def test_a_compiler_that_is_not_there_is_named(tmp_path: Path) -> None:
+    done = run(sys.executable, "setup.py", "-q", "build_ext", "-b", str(tmp_path), env={"CXX": "no-such-compiler -m64"})
+    assert done.returncode != 0 and "CXX=no-such-compiler -m64: there is no such command" in done.stderr
 
 
 def test_force_cuda_fails_loudly_without_nvcc(tmp_path: Path) -> None:

@@ -133,7 +133,7 @@ def patch(
             f"patch: memory is {memory!r}, and this {type(model).__name__} has no {levels.NEEDS[memory]} to set to it"
         )
     graphs.set_graphs(model, cuda_graphs, stacks)
-    backends.warn_if_slow()
+    backends.warn_if_slow(_device(model))
     return dataclasses.replace(report, graphs=graphs.of(model))
 
 
@@ -288,10 +288,13 @@ def _match(module: nn.Module, call: trace.Call | None) -> tuple[Pattern | None, 
 
 
 def _backends(model: nn.Module, entries: list[Entry]) -> dict[str, str]:
-    param = next(iter(model.parameters()), torch.empty(0))
     used = {_OPS[e.pattern] for e in entries if e.pattern}
     return {
         choice.op: choice.backend
         for choice in backends.describe()
-        if choice.op.removesuffix("_backward") in used and choice.device == ("cuda" if param.is_cuda else "cpu")
+        if choice.op.removesuffix("_backward") in used and choice.device == _device(model)
     }
+
+
+def _device(model: nn.Module) -> str:
+    return "cuda" if next(iter(model.parameters()), torch.empty(0)).is_cuda else "cpu"

@@ -176,6 +176,16 @@ def test_callback_tunes_patches_and_unpatches(tmp_path: Path) -> None:
     torch.testing.assert_close(run.evaluate()["eval_loss"], own_again(own), rtol=1e-3, atol=1e-4)
 
 
+def test_callback_refuses_several_gpus_in_one_process(tmp_path: Path) -> None:
+    """Trainer would use nn.DataParallel, whose copies of a module keep the forward that is bound to the first."""
+    model = build("bert")
+    run = trainer(model, tmp_path)
+    run.args._n_gpu = 2
+    with pytest.raises(RuntimeError, match="2 GPUs .*torchrun"):
+        pk.PetuneCallback("layernorm").on_init_end(run.args, run.state, run.control, model=model)
+    assert not is_patched(model) and all(p.requires_grad for p in model.parameters())
+
+
 def own_again(own: Trainer) -> float:
     own.train()
     return own.evaluate()["eval_loss"]
