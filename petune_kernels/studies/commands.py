@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from .errors import InputError
+from .errors import InputError, StudyError
 
 Out = Annotated[Path, typer.Option("--out", help="Folder for the results.", file_okay=False)]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu or cuda; auto takes an NVIDIA GPU if there is one.")]
@@ -108,8 +108,8 @@ def tune(
     patched: bool,
     dropout: bool,
 ) -> None:
-    """One run; writes its outcome as JSON and the tuned model, and says what loads it."""
-    from . import machine, runner, store, tuned_model
+    """One run; writes its outcome as JSON and the tuned model, and says what loads it. StudyError where it diverged."""
+    from . import machine, result, runner, store, tuned_model
     from .study import parse
     from .train import load_tokenizer
 
@@ -118,21 +118,25 @@ def tune(
     content["methods"] = [{"name": method, "options": parse_settings("--option", options)}]
     content |= {"recipe": parse_settings("--recipe", recipe), "seeds": {"runs": 1}, "patched": [patched]}
     found = parse(content)
-    result = to / "outcome.json"
+    written = to / "outcome.json"
     if to.exists() and any(to.iterdir()):
         raise InputError(f"--out {to} is not empty; nothing there is overwritten, choose another folder")
     run = dataclasses.replace(runner.plan(found, console.print)[0], wi=wi, do=do)
+    result.writable(to)
     with console.status(f"{method} on {task}"):
         outcome = runner.tuned(found, run, chosen_device(device), keep_model=True)
     cut, plain = runner.load_task(run.task), runner.plain(outcome)
-    to.mkdir(parents=True, exist_ok=True)
     record = runner.describe(run, cut) | {"outcome": plain, "spec": content, "machine": machine.describe()}
-    result.write_text(json.dumps(store.finite(record), indent=1, allow_nan=False, default=str) + "\n", encoding="utf-8")
+    written.write_text(
+        json.dumps(store.finite(record), indent=1, allow_nan=False, default=str) + "\n", encoding="utf-8"
+    )
+    if outcome.failed:
+        raise StudyError(f"{outcome.failed}; the model was not saved, {written} has the run")
     how = tuned_model.save(outcome.model, to / "model")
     load_tokenizer(runner.model_folder(model)).save_pretrained(to / "model")
     for part, values in outcome.test.items():
         console.print(f"{part}: " + ", ".join(f"{name} {value:.4f}" for name, value in values.items()))
-    console.print(f"wrote {result} and {to / 'model'}", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"wrote {written} and {to / 'model'}", markup=False, highlight=False, soft_wrap=True)
     console.print(f"load it with {how}", markup=False, highlight=False, soft_wrap=True)
 
 

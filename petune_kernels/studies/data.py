@@ -1,21 +1,16 @@
-"""Labelled sentences: reading, splitting without leaks, and batches of token ids."""
+"""The demo's sentences: splitting without leaks, and batches of token ids. `sources.py` reads them."""
 
 from __future__ import annotations
 
-import csv
-import math
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
-from .cache import MOVIES
 from .errors import InputError
 
-MOVIE_ROWS = 10605
 MAX_LABELS = 100
 Rows = TypeVar("Rows", bound=Sequence[int])
 POOL = 8
@@ -48,75 +43,6 @@ class Split:
     train: Sentences
     test: Sentences
     dropped: int
-
-
-def read_movies(folder: Path) -> Sentences:
-    """The movie sentences of vaderSentiment: negative or positive by the sign of their score; zeros left out."""
-    texts, scores = read_rated(folder / MOVIES.members[0].target, MOVIE_ROWS)
-    signed = [(text, int(score > 0)) for text, score in zip(texts, scores, strict=True) if score]
-    return Sentences([text for text, _ in signed], [label for _, label in signed], ["negative", "positive"])
-
-
-def read_rated(path: Path, expected: int) -> tuple[list[str], list[float]]:
-    """Texts and mean human scores of one of vaderSentiment's files of `expected` rows.
-
-    The file has one `id <tab> score <tab> text` a line, latin-1. Raises InputError if a row or the row count is not so.
-    """
-    texts, scores = [], []
-    # not splitlines(): latin-1 text may hold \x85 and other characters that it would break lines at
-    for number, line in enumerate(path.read_bytes().decode("latin-1").rstrip("\n").split("\n"), 1):
-        try:
-            _, score, text = line.split("\t")
-            scores.append(float(score))
-        except ValueError:
-            raise InputError(
-                f"{path}, line {number}: expected `id <tab> score <tab> text`, got {line[:60]!r}"
-            ) from None
-        texts.append(text.strip())
-    if len(texts) != expected:
-        raise InputError(f"{path} has {len(texts)} rows, expected {expected}; delete its folder to fetch it again")
-    return texts, scores
-
-
-def read_csv(path: Path) -> Sentences:
-    """A CSV file with a header and the columns `text` and `label`, UTF-8; labels may be numbers or words.
-
-    Raises InputError naming the file, the row and what is accepted.
-    """
-    texts, labels = [], []
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as stream:
-            reader = csv.DictReader(stream, strict=True)
-            columns = reader.fieldnames
-            if not columns:
-                raise InputError(f"{path} is empty: expected a CSV header with the columns text and label")
-            for needed in ("text", "label"):
-                if needed not in columns:
-                    raise InputError(f"{path} has no column {needed!r}; it has {', '.join(map(repr, columns))}")
-            for row in reader:
-                text, label = ((row[name] or "").strip() for name in ("text", "label"))
-                where = f"{path}, line {reader.line_num}"
-                if not text:
-                    raise InputError(f"{where}: the text is empty")
-                if not label or _is_nan(label):
-                    raise InputError(f"{where}: the label is {label or 'missing'}; every row needs one")
-                texts.append(text)
-                labels.append(label)
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text (byte {error.start})") from error
-    except csv.Error as error:
-        raise InputError(f"{path} is not a CSV file: {error}") from error
-    if not texts:
-        raise InputError(f"{path} has a header but no rows")
-    names = sorted(set(labels), key=label_order)
-    if len(names) < 2:
-        raise InputError(f"{path} has one label only ({names[0]!r}); a classification task needs at least two")
-    if len(names) > MAX_LABELS:
-        raise InputError(
-            f"{path} has {len(names)} different labels, at most {MAX_LABELS} are accepted: a class per row?"
-        )
-    index = {name: i for i, name in enumerate(names)}
-    return Sentences(texts, [index[label] for label in labels], names)
 
 
 def split(data: Sentences, test: int, seed: int) -> Split:
@@ -199,13 +125,6 @@ def chunks(rows: Rows, size: int) -> Iterator[Rows]:
 def normalised(text: str) -> str:
     """What two texts must share to count as one."""
     return " ".join(text.casefold().split())
-
-
-def _is_nan(label: str) -> bool:
-    try:
-        return math.isnan(float(label))
-    except ValueError:
-        return False
 
 
 def label_order(label: str) -> tuple[int, float, str]:

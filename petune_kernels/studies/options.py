@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -39,7 +40,7 @@ def probability(default: float) -> Option:
 
 
 def positive(default: float | None) -> Option:
-    return Option(default, "a number over 0", lambda v: _number(v) and v > 0)
+    return Option(default, "a number over 0", lambda v: _number(v) and 0 < v < math.inf)
 
 
 def choice(default: str, *names: str) -> Option:

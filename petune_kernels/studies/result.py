@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import json
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .errors import InputError
+
+
+def writable(folder: Path) -> None:
+    """Makes the folder and writes there once: better to fail before a long run than after it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(f"--out {folder} cannot be written: {error.strerror}") from error
 
 
 @dataclass(frozen=True)
@@ -20,15 +31,9 @@ class Files:
 
     @staticmethod
     def new(folder: Path, study: str) -> Files:
-        """Dated names in `folder`, which is made now: better to fail before a long run than after it."""
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            stem = f"{study}-{time.strftime('%Y%m%d-%H%M%S')}"
-            probe = folder / f".{stem}"
-            probe.touch()
-            probe.unlink()
-        except OSError as error:
-            raise InputError(f"--out {folder} cannot be written: {error.strerror}") from error
+        """Dated names in `folder`, which is made now."""
+        writable(folder)
+        stem = f"{study}-{time.strftime('%Y%m%d-%H%M%S')}"
         return Files((folder / f"{stem}.json").resolve(), (folder / f"{stem}.png").resolve())
 
     def write(self, result: dict[str, Any]) -> None:

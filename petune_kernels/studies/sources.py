@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from . import cache
-from .data import MAX_LABELS, label_order, read_rated
+from .data import MAX_LABELS, label_order
 from .errors import InputError, StudyError
 from .tasks import Examples, Named
 
@@ -55,12 +55,33 @@ def indexed(name: str, say: Callable[[str], None] = lambda line: None) -> Source
 
 def _rated(folder: Path, name: str, kind: str = "") -> Source:
     file, expected = RATED_SETS[name]
-    texts, scores = read_rated(folder / file, expected)
+    texts, scores = _read_rated(folder / file, expected)
     if kind == "score":
         return Source(Examples(texts, None, scores), {}, ())
     signed = [(text, int(score > 0)) for text, score in zip(texts, scores, strict=True) if score]
     rows = Examples([text for text, _ in signed], None, [label for _, label in signed])
     return Source(rows, {}, ("negative", "positive"))
+
+
+def _read_rated(path: Path, expected: int) -> tuple[list[str], list[float]]:
+    """Texts and mean human scores of one of vaderSentiment's files of `expected` rows.
+
+    The file has one `id <tab> score <tab> text` a line, latin-1. Raises InputError if a row or the row count is not so.
+    """
+    texts, scores = [], []
+    # not splitlines(): latin-1 text may hold \x85 and other characters that it would break lines at
+    for number, line in enumerate(path.read_bytes().decode("latin-1").rstrip("\n").split("\n"), 1):
+        try:
+            _, score, text = line.split("\t")
+            scores.append(float(score))
+        except ValueError:
+            raise InputError(
+                f"{path}, line {number}: expected `id <tab> score <tab> text`, got {line[:60]!r}"
+            ) from None
+        texts.append(text.strip())
+    if len(texts) != expected:
+        raise InputError(f"{path} has {len(texts)} rows, expected {expected}; delete its folder to fetch it again")
+    return texts, scores
 
 
 def _comments(folder: Path) -> Source:
@@ -86,9 +107,15 @@ def _csv(path: Path) -> list[tuple[str, Mapping[str, Any]]]:
     try:
         with path.open(newline="", encoding="utf-8-sig") as stream:
             reader = csv.DictReader(stream, strict=True)
-            return [(f"{path}, line {reader.line_num}", row) for row in reader]
+            if not reader.fieldnames:
+                raise InputError(f"{path} is empty; expected a header and rows")
+            rows: list[tuple[str, Mapping[str, Any]]] = [(f"{path}, line {reader.line_num}", row) for row in reader]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path} cannot be read as a CSV file in UTF-8: {error}") from error
+    for where, row in rows:
+        if None in row:
+            raise InputError(f"{where}: more cells than the header has columns; a text with a comma needs quotes")
+    return rows
 
 
 def _jsonl(path: Path) -> list[tuple[str, Mapping[str, Any]]]:

@@ -20,6 +20,14 @@ PROTOCOLS = {
     "dev-dev": "the whole held-out part both validates and tests: LEAKS",
 }
 LEAKY = ("dev2-dev2", "dev-dev")
+_COLUMNS = ("text", "pair", "label_column", "regression")
+READ = {
+    "file": ("file", "held_out", *_COLUMNS),
+    "dataset": ("dataset", "subset", "train_split", "test_splits", *_COLUMNS),
+    "a task of GLUE or SuperGLUE": ("path",),
+    "a task of the package index": ("held_out",),
+}
+"""What a task is read from -> the keys that say how."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +67,12 @@ class TaskSpec:
     leaks: str = "drop"
 
     def __post_init__(self) -> None:
+        given = {f.name for f in dataclasses.fields(self) if getattr(self, f.name) != f.default}
+        for key in sorted(given & {key for keys in READ.values() for key in keys} - set(READ[self.origin])):
+            raise InputError(
+                f"task {self.name!r}: {key} is {getattr(self, key)!r}, and nothing reads it: the texts come from "
+                f"{self.origin}, with which {', '.join(READ[self.origin])} may stand"
+            )
         for field, accepted in (("protocol", tuple(PROTOCOLS)), ("leaks", ("drop", "refuse"))):
             if getattr(self, field) not in accepted:
                 raise InputError(
@@ -74,6 +88,13 @@ class TaskSpec:
         for name in (*(() if self.file or self.dataset else (self.name,)), *self.out_of_domain):
             if name not in known:
                 raise InputError(f"unknown task {name!r}; known are {', '.join(known)}, or give `file` or `dataset`")
+
+    @property
+    def origin(self) -> str:
+        """Which of READ it is."""
+        if self.file or self.dataset:
+            return "file" if self.file else "dataset"
+        return f"a task of {'GLUE or SuperGLUE' if self.name in NAMED else 'the package index'}"
 
     @property
     def title(self) -> str:

