@@ -148,11 +148,13 @@ def test_a_layer_is_gated_and_timed() -> None:
 
 def test_a_result_is_on_disk_after_every_case_and_never_half(tmp_path: Path) -> None:
     result = harness.Result(Files.new(tmp_path, "ops"), "ops", {}, CPU)
-    result.add({"case": {"n": 1}})
+    row = harness.new_row({"n": 1})
+    result.add(row)
+    result.data["settings"]["n"] = float("nan")
     with pytest.raises(ValueError, match="JSON compliant"):
-        result.add({"case": {"n": float("nan")}})
+        result.add(row)
     found = json.loads(result.files.json.read_text())
-    assert found["rows"] == [{"case": {"n": 1}}] and not found["complete"]
+    assert found["rows"] == [row] and not found["complete"]
     assert main("collect", str(tmp_path), str(tmp_path / "all.json")) == 0
     assert json.loads((tmp_path / "all.json").read_text())["parts"] == [found]
 
