@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
-from bench import harness, models, op_runs, ops, readme
+from bench import gate, harness, models, op_runs, ops, readme
 from bench.__main__ import app, main
 from petune_kernels import cuda_graph
 from petune_kernels.studies.errors import InputError, StudyError
@@ -70,6 +70,19 @@ def test_shares_of_the_floor_by_hand() -> None:
     found = op_runs.shares(NORM, ops.sizes(10, 10, 64, torch.float32), row, CEILING)
     assert found["floor_seconds"] == pytest.approx(5 * 100 * 64 * 4 / 1e9)
     assert found["share_of_floor"]["petune"] == pytest.approx(0.128) and found["rate"]["petune"] == "0.128 GB/s"
+
+
+@pytest.mark.parametrize("case", ops.CASES, ids=lambda case: f"{case.op} {case.use}")
+def test_backward_is_part_of_what_a_case_costs(case: ops.OpCase) -> None:
+    """Forward reads every input and writes every output once; the rest of the formula is backward's."""
+    letters = ops.sizes(2, 8, 64, torch.bfloat16)
+    t = ops.inputs(case, letters, torch.bfloat16, CPU, seed=0)
+    large = [t[name] for name, shape in case.shapes.items() if " " in shape and not {"r", "R"} & set(shape.split())]
+    large += [out for out in gate.outputs(case.ours(t, 0.0, None)) if out.shape[0] > 1]  # no vectors, no factors
+    forward = 2 * sum(x.numel() for x in large)
+    whole, back = ops.evaluate(case.bytes, letters), ops.evaluate(case.back_bytes or "0", letters)
+    assert whole - back == forward and bool(case.back_bytes) == any(x.requires_grad for x in t.values())
+    assert 0 <= ops.evaluate(case.back_flops, letters) <= ops.evaluate(case.flops, letters)
 
 
 @pytest.fixture(scope="module")
