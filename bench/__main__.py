@@ -26,6 +26,10 @@ Batch = Annotated[int, typer.Option(min=1, help="Sequences in a batch.")]
 Length = Annotated[int, typer.Option(min=8, help="Tokens in a sequence.")]
 DTypes = Annotated[list[str], typer.Option("--dtype", help="bfloat16 or float32; may be repeated.")]
 Compile = Annotated[bool, typer.Option("--compile", help="torch.compile, too; compiling takes minutes.")]
+CompileMode = Annotated[
+    list[str] | None,
+    typer.Option(help="torch.compile in this mode, too: reduce-overhead, max-autotune-no-cudagraphs; may be repeated."),
+]
 AUTO = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = ["bfloat16", "float32"]
 RESULTS = Path("bench_results")
@@ -38,6 +42,14 @@ def _check(device: str, dtypes: list[str]) -> None:
     harness.check_names("--dtype", dtypes, DTYPES)
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device is cuda, but PyTorch sees no NVIDIA GPU; accepted here: cpu")
+
+
+def _modes(compile: bool, asked: list[str] | None) -> tuple[str, ...]:
+    """torch.compile's modes that take turns; --compile is the default one."""
+    from . import harness, op_runs
+
+    harness.check_names("--compile-mode", asked or (), op_runs.MODES)
+    return tuple(dict.fromkeys([*(["default"] if compile else []), *(asked or [])]))
 
 
 @app.callback()
@@ -109,23 +121,32 @@ def ops(
     device: Device = AUTO,
     rounds: Rounds = 15,
     compile: Compile = False,
+    compile_mode: CompileMode = None,
     out: Out = RESULTS,
 ) -> None:
     """Every op, forward and backward: GB/s or TFLOP/s and the share of the floor, eager, peers, torch.compile."""
     from . import op_runs
 
     _check(device, dtype)
-    settings = op_runs.Settings(tuple(width), tuple(dtype), tuple(op or ()), batch, length, device, rounds, compile)
+    modes = _modes(compile, compile_mode)
+    settings = op_runs.Settings(tuple(width), tuple(dtype), tuple(op or ()), batch, length, device, rounds, modes)
     op_runs.run_ops(settings, Files.new(out, "ops"), console)
 
 
 @app.command()
-def overhead(device: Device = AUTO, rounds: Rounds = 15, out: Out = RESULTS) -> None:
-    """What a call costs before the kernel: every op on 8 x 64 elements, 256 calls a turn, float32."""
+def overhead(
+    device: Device = AUTO,
+    rounds: Annotated[int | None, typer.Option(min=2, help="Turns of each provider; 15, on a GPU 7.")] = None,
+    out: Out = RESULTS,
+) -> None:
+    """What a call costs before the kernel: every op on 8 x 64 elements, float32, 256 calls a turn (on a GPU 32)."""
     from . import op_runs
 
     _check(device, [])
-    settings = op_runs.Settings(("tiny",), ("float32",), (), 1, 8, device, rounds, rotate=1, calls=256)
+    calls, turns = (32, 7) if device == "cuda" else (256, 15)
+    settings = op_runs.Settings(
+        ("tiny",), ("float32",), (), 1, 8, device, rounds or turns, rotate=1, calls=calls, graphs=False
+    )
     op_runs.run_ops(settings, Files.new(out, "overhead"), console, "overhead")
 
 
@@ -139,15 +160,17 @@ def layers(
     device: Device = AUTO,
     rounds: Rounds = 15,
     compile: Compile = False,
+    compile_mode: CompileMode = None,
     out: Out = RESULTS,
 ) -> None:
-    """One encoder layer, forward and backward to its input, in every regime."""
-    from . import models as benchmark
-    from . import op_runs
+    """One layer as its model calls it, forward and backward to its input, in every regime."""
+    from . import layers as benchmark
+    from . import models, op_runs
 
     _check(device, dtype)
-    settings = op_runs.Settings(tuple(shape), tuple(dtype), (), batch, length, device, rounds, compile)
-    op_runs.run_layers(settings, tuple(regime or benchmark.REGIMES), Files.new(out, "layers"), console)
+    modes = _modes(compile, compile_mode)
+    settings = op_runs.Settings(tuple(shape), tuple(dtype), (), batch, length, device, rounds, modes)
+    benchmark.run(settings, tuple(regime or models.REGIMES), Files.new(out, "layers"), console)
 
 
 @app.command()

@@ -22,11 +22,12 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 @pytest.mark.parametrize("case", ops.CASES, ids=lambda case: f"{case.op} {case.use}".replace(" ", "-"))
 def test_op(case: ops.OpCase, dtype: torch.dtype, provider: str, benchmark) -> None:
     letters = ops.sizes(BATCH, LENGTH, WIDTH, dtype)
-    row: harness.Row = {"gate": {}, "refused": {}}
+    row = harness.new_row({})
     calls = {harness.EAGER: lambda t, p, seed: case.eagerly(t, p), harness.OURS: case.ours}
     op_runs.check_op(case, calls, letters, dtype, DEVICE, row)
     assert not row["refused"], row["refused"]
-    run = op_runs.turn(calls[provider], case.p, [ops.inputs(case, letters, dtype, DEVICE, 0)], 1)
+    sets = [ops.inputs(case, letters, dtype, DEVICE, 0)]
+    run = op_runs.Turn(provider, calls[provider], case.p, sets, DEVICE).run
     benchmark.group = f"{case.op} {case.use} {dtype}"
 
     def once() -> None:

@@ -3,35 +3,40 @@
 A row of a result is one case: {"case": ..., "gate": {provider: ...}, "refused": {provider: reason}, "seconds":
 {provider: Spread}, "speedup": {provider: eager's time over the provider's, turn by turn}, "petune_over": {peer: the
 peer's time over petune's}, "best_peer": name}. Eager is called "eager" and this package "petune" in every benchmark.
+A provider that raises is refused with the reason and costs no other its times; without eager's a case has none.
 """
 
 from __future__ import annotations
 
 import csv
 import dataclasses
+import math
 import os
 import shlex
 import statistics
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from petune_kernels import backends
 from petune_kernels.studies import machine, measure
 from petune_kernels.studies.errors import StudyError
 from petune_kernels.studies.result import Files
 
 EAGER, OURS, COMPILED = "eager", "petune", "torch.compile"
+MATMULS = "floor: frozen matmuls"  # no peer: it computes less, what a projection with frozen weights cannot do without
 PEERS = ("liger-kernel", "flash-attn", "quack-kernels", "apex", "lorafusion", "lomem", "unsloth")  # lomem: LowMemoryBP
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#000000")  # Okabe-Ito
 
 Row = dict[str, Any]
+Given, Made = TypeVar("Given"), TypeVar("Made")
 
 
 class Result:
@@ -47,12 +52,13 @@ class Result:
             "settings": dict(settings),
             "command": command(),
             "machine": described | {"device": name},
+            "backends": taken(device),
             "complete": False,
             "rows": [],
         }
 
     def add(self, row: Row) -> None:
-        self.data["rows"].append(row)
+        self.data["rows"].append(finite(row))
         self.write()
 
     def write(self) -> None:
@@ -73,6 +79,108 @@ class Result:
         if wrong := [row for row in self.data["rows"] if OURS in row["refused"]]:
             reasons = "\n".join(f"{title(row['case'])}: {row['refused'][OURS]}" for row in wrong)
             raise StudyError(f"petune has no time in {len(wrong)} cases:\n{reasons}")
+
+
+def new_row(case: Mapping[str, Any]) -> Row:
+    return {"case": dict(case), "gate": {}, "refused": {}, **_untimed()}
+
+
+def _untimed() -> dict[str, Any]:
+    return {"seconds": {}, "speedup": {}, "petune_over": {}, "best_peer": None}
+
+
+@contextmanager
+def reported(row: Row) -> Iterator[None]:
+    """Whatever raises within is why this case has no times; the next one goes on."""
+    try:
+        yield
+    except Exception as error:  # in the table, and petune's ends the run in an error
+        why = reason(error)
+        row.update(_untimed(), refused={EAGER: why, OURS: why} | row["refused"])
+
+
+def attempt(given: Mapping[str, Given], refused: dict[str, str], do: Callable[[str, Given], Made]) -> dict[str, Made]:
+    """do(name, value) for every provider; one that raises is refused with the reason, and the others go on."""
+    made = {}
+    for name, value in given.items():
+        try:
+            made[name] = do(name, value)
+        except Exception as error:  # in table and result
+            refused[name] = reason(error)
+    return made
+
+
+def judge(given: dict[str, Given], refused: dict[str, str], verdict: Callable[[str, Given], str]) -> None:
+    """Takes the providers that `verdict` (or what they raise) says are wrong out of `given` and into `refused`."""
+    judged = {name: value for name, value in given.items() if name not in (EAGER, MATMULS)}
+    verdicts = attempt(judged, refused, verdict)
+    refused |= {name: wrong for name, wrong in verdicts.items() if wrong}
+    for name in judged:
+        if verdicts.get(name) != "":
+            del given[name]
+
+
+def needed(given: Mapping[str, Given]) -> Given:
+    """Eager's entry, without which there is nothing to compare with."""
+    if EAGER not in given:
+        raise StudyError(f"without {EAGER} nothing is timed")
+    return given[EAGER]
+
+
+def reason(error: BaseException) -> str:
+    """Class and first line; of Triton's CompilationError, whose first line is a place in the source, the cause's.
+
+    A CUDA graph's capture that broke says so at its end only: what it was raised after is named, too.
+    """
+    cause = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    before = None if cause.__suppress_context__ else cause.__context__
+    after = "" if before is None else f" (after {type(before).__name__}: {_first_line(before)})"
+    return f"{type(error).__name__}: {_first_line(cause)}{after}"
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [""])[0]
+
+
+def finite(row: Row) -> Row:
+    """The row without NaN and infinity, which JSON does not have: they become text, and their provider is refused."""
+    wrong: list[tuple[str, ...]] = []
+
+    def clean(value: Any, place: tuple[str, ...]) -> Any:
+        if isinstance(value, Mapping):
+            return {key: clean(item, (*place, str(key))) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [clean(item, place) for item in value]
+        if not isinstance(value, float) or math.isfinite(value):
+            return value
+        wrong.append(place)
+        return str(value)
+
+    cleaned = clean(row, ())
+    for place in wrong:
+        provider = next((part for part in place if part in row.get("seconds", {})), EAGER)
+        for name in (EAGER, OURS) if provider == EAGER else (provider,):
+            cleaned.setdefault("refused", {}).setdefault(name, f"not finite: {', '.join(place)}")
+        if provider in (EAGER, OURS):
+            cleaned.update(_untimed())
+        for part in ("seconds", "speedup", "petune_over"):
+            cleaned[part].pop(provider, None)
+        cleaned["best_peer"] = None if cleaned["best_peer"] == provider else cleaned["best_peer"]
+    return cleaned
+
+
+def taken(device: torch.device) -> dict[str, Any]:
+    """Whether the compiled libraries are loaded, or why not, and which implementation every op takes on the device."""
+    libraries = {name: why or "loaded" for name, why in backends.MISSING.items()}
+    ops = {choice.op: choice.backend for choice in backends.describe() if choice.device == device.type}
+    return {"libraries": libraries, "ops": ops}
+
+
+def compiled(mode: str) -> str:
+    """What torch.compile in this mode is called."""
+    return COMPILED if mode == "default" else f"{COMPILED}, {mode}"
 
 
 def command() -> str:
@@ -101,14 +209,17 @@ def turns(
             for name, (slow, fast) in pairs.items()
         }
 
-    peers = [name for name in variants if not name.startswith(OURS) and OURS in variants]
+    peers = [name for name in variants if not name.startswith(OURS) and name != MATMULS and OURS in variants]
     best = min(peers, key=lambda name: statistics.median(seconds[name])) if peers else None
-    return {
+    found = {
         "seconds": {name: dataclasses.asdict(measure.Spread.of(values)) for name, values in seconds.items()},
-        "speedup": ratios({name: (EAGER, name) for name in variants if name != EAGER}),
+        "speedup": ratios({name: (EAGER, name) for name in variants if name != EAGER and EAGER in variants}),
         "petune_over": ratios({name: (name, OURS) for name in peers}),
         "best_peer": best,
     }
+    if MATMULS in variants:
+        found["over_matmuls"] = ratios({name: (name, MATMULS) for name in variants if name != MATMULS})
+    return found
 
 
 def title(case: Mapping[str, Any]) -> str:
@@ -143,9 +254,18 @@ def table(result: Mapping[str, Any]) -> RenderableType:
 def _also(row: Row, provider: str) -> str:
     facts = []
     if provider in row.get("share_of_floor", {}):
-        facts.append(f"{100 * row['share_of_floor'][provider]:.0f} % of floor, {row['rate'][provider]}")
-    if provider in row.get("graph_seconds", {}):
-        facts.append(f"CUDA graph {_time(row['graph_seconds'][provider]['median'])}")
+        facts.append(_share(row, provider))
+    for part, name in (("graph", "CUDA graph"), ("backward", "backward alone")):
+        found = row.get(part, _untimed() | {"refused": {}})
+        if provider in found["seconds"]:
+            facts.append(f"{name} {_time(found['seconds'][provider]['median'])}")
+        if provider in found.get("share_of_floor", {}):
+            facts[-1] += f", {_share(found, provider)}"
+        if provider in found["refused"]:
+            facts.append(f"no {name}: {found['refused'][provider]}")
+    if over := row.get("graph", {}).get("over_matmuls") or row.get("over_matmuls"):
+        if provider in over:
+            facts.append(f"{over[provider]['median']:.2f} x the frozen matmuls alone")
     if provider in row.get("saved_bytes_per_token_per_layer", {}):
         facts.append(f"saved {row['saved_bytes_per_token_per_layer'][provider]:,.0f} B/token/layer")
     if provider in row.get("memory", {}):
@@ -158,6 +278,10 @@ def _also(row: Row, provider: str) -> str:
             met = "met" if target["short_by"] <= 0 else f"short by {target['short_by']:.2f}"
             facts.append(f"target {target['target']} x {target['over']}: {met}")
     return "; ".join(facts)
+
+
+def _share(found: Mapping[str, Any], provider: str) -> str:
+    return f"{100 * found['share_of_floor'][provider]:.0f} % of floor, {found['rate'][provider]}"
 
 
 def lines(row: Row) -> list[dict[str, Any]]:

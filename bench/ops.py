@@ -43,6 +43,8 @@ class OpCase:
         peers: for each peer, what imports it and returns its call; it computes the same with dropout off.
         bytes, flops: formulas of forward plus backward in the letters above and s, the bytes of an element. The bytes
             are those that no implementation can avoid: each operand and result once, each way.
+        back_bytes, back_flops: backward's part of them; "" where nothing gets a gradient.
+        matmuls: the products with frozen weights and no more, whose time is a floor for the case and which is no peer.
     """
 
     op: str
@@ -52,11 +54,14 @@ class OpCase:
     expression: Callable[[Tensors, Drop], Any]
     ours: Callable[[Tensors, float, Tensor | None], Any]
     bytes: str
+    back_bytes: str = ""
     flops: str = "0"
+    back_flops: str = "0"
     p: float = 0.0
     wide: tuple[str, ...] = ()
     eager: Callable[[Tensors, float], Any] | None = None
     peers: Mapping[str, Callable[[], Callable[[Tensors], Any]]] = field(default_factory=dict)
+    matmuls: Callable[[Tensors], Tensor] | None = None
 
     def eagerly(self, t: Tensors, p: float) -> Any:
         if self.eager is not None:
@@ -157,7 +162,7 @@ def _lowmem_silu() -> Callable[[Tensors], Any]:
     return lambda t: resilu2(t["u"]) * t["gate"]
 
 
-# Unsloth's norms give gamma and beta no gradient, and write dx over dy: of calls that share a dy, as the timed ones do,
+# Unsloth's norms give gamma and beta no gradient, and write dx over dy: of calls that share a dy, as all of a set do,
 # only the first computes the case, and all do the same work.
 def _unsloth_layer_norm() -> Callable[[Tensors], Any]:
     from unsloth.kernels import fast_layernorm
@@ -211,7 +216,6 @@ _RMS = {"x": "T H", "gamma": "H"}
 _LAYER_NORMS = {"liger": _liger_layer_norm, "flash-attn": _flash_norm, "apex": _apex_layer_norm}
 _RMS_NORMS = {"liger": _liger_rms_norm, "flash-attn": _flash_norm, "quack": _quack_norm, "apex": _apex_rms_norm}
 _HEADS = {name: "B h S D" for name in "qkv"}
-_ATTENTION_FLOPS = "14*T*S*H"  # two products forward, five backward: the scores are computed again
 
 
 def _lora_case(inside: str, outside: str, p: float, wide: bool, rank: str = "r") -> OpCase:
@@ -222,49 +226,55 @@ def _lora_case(inside: str, outside: str, p: float, wide: bool, rank: str = "r")
     return OpCase(
         "lora_linear", f"{K} to {N} p={p}" + (" float32 adapter" if wide else "") + (" rank 16" if r == "R" else ""),
         {"x": f"T {K}", "w": f"{N} {K}", "c": N, "a": f"{r} {K}", "b": f"{N} {r}"}, ("w", "c"), _lora, _our_lora,
-        f"s*(3*T*{K} + 2*T*{N} + 2*{K}*{N})", f"4*T*{K}*{N} + 6*T*{r}*({K} + {N})", p=p,
-        wide=("a", "b") if wide else (), peers=peers,
+        f"s*(3*T*{K} + 2*T*{N} + 2*{K}*{N})", f"s*(2*T*{K} + T*{N} + {K}*{N})",
+        f"4*T*{K}*{N} + 6*T*{r}*({K} + {N})", f"2*T*{K}*{N} + 4*T*{r}*({K} + {N})", p=p,
+        wide=("a", "b") if wide else (), peers=peers, matmuls=lambda t: F.linear(t["x"], t["w"]),
     )  # fmt: skip
 
 
 _PROJECTIONS = {"x": "T H"} | {f"w{i}": "H H" for i in range(3)} | {f"c{i}": "H" for i in range(3)}
 
 CASES = (
-    OpCase("residual_norm", "layernorm", _NORM, (), _norm, _our_norm, "5*T*H*s", peers=_LAYER_NORMS),
-    OpCase("residual_norm", "layernorm frozen", _NORM, ("gamma", "beta"), _norm, _our_norm, "5*T*H*s",
+    OpCase("residual_norm", "layernorm", _NORM, (), _norm, _our_norm, "5*T*H*s", "3*T*H*s", peers=_LAYER_NORMS),
+    OpCase("residual_norm", "layernorm frozen", _NORM, ("gamma", "beta"), _norm, _our_norm, "5*T*H*s", "3*T*H*s",
            peers=_LAYER_NORMS | {"unsloth": _unsloth_layer_norm}),
     OpCase("residual_norm", "layernorm bare", {"x": "T H"}, (), _norm,
-           lambda t, p, seed: residual_norm(t["x"], eps=EPS), "5*T*H*s", peers={"LowMemoryBP": _lowmem_layer_norm}),
-    OpCase("residual_norm", "layernorm residual", _NORM | {"residual": "T H"}, (), _norm, _our_norm, "6*T*H*s",
-           peers={"flash-attn": _flash_norm}),
+           lambda t, p, seed: residual_norm(t["x"], eps=EPS), "5*T*H*s", "3*T*H*s",
+           peers={"LowMemoryBP": _lowmem_layer_norm}),
+    OpCase("residual_norm", "layernorm residual", _NORM | {"residual": "T H"}, (), _norm, _our_norm,
+           "6*T*H*s", "3*T*H*s", peers={"flash-attn": _flash_norm}),
     OpCase("residual_norm", "layernorm residual bias p=0.1", _NORM | {"residual": "T H", "bias": "H"}, (), _norm,
-           _our_norm, "7*T*H*s", p=0.1),
-    OpCase("residual_norm", "rmsnorm", _RMS, (), _rms, _our_norm, "5*T*H*s", peers=_RMS_NORMS),
-    OpCase("residual_norm", "rmsnorm frozen", _RMS, ("gamma",), _rms, _our_norm, "5*T*H*s",
+           _our_norm, "7*T*H*s", "4*T*H*s", p=0.1),
+    OpCase("residual_norm", "rmsnorm", _RMS, (), _rms, _our_norm, "5*T*H*s", "3*T*H*s", peers=_RMS_NORMS),
+    OpCase("residual_norm", "rmsnorm frozen", _RMS, ("gamma",), _rms, _our_norm, "5*T*H*s", "3*T*H*s",
            peers=_RMS_NORMS | {"unsloth": _unsloth_rms_norm}),
     OpCase("residual_norm", "rmsnorm bare", {"x": "T H"}, (), _rms,
-           lambda t, p, seed: residual_norm(t["x"], eps=EPS, rms=True), "5*T*H*s",
+           lambda t, p, seed: residual_norm(t["x"], eps=EPS, rms=True), "5*T*H*s", "3*T*H*s",
            peers={"LowMemoryBP": _lowmem_rms_norm}),
-    OpCase("residual_norm", "rmsnorm residual", _RMS | {"residual": "T H"}, (), _rms, _our_norm, "6*T*H*s",
+    OpCase("residual_norm", "rmsnorm residual", _RMS | {"residual": "T H"}, (), _rms, _our_norm, "6*T*H*s", "3*T*H*s",
            peers={"flash-attn": _flash_norm, "quack": _quack_norm}),
     OpCase("bias_act", "gelu bias", {"u": "T N", "bias": "N"}, (), lambda t, drop: F.gelu(t["u"] + t["bias"]),
-           lambda t, p, seed: bias_act(t["u"], t["bias"]), "5*T*N*s", peers={"LowMemoryBP": _lowmem_gelu}),
+           lambda t, p, seed: bias_act(t["u"], t["bias"]), "5*T*N*s", "3*T*N*s", peers={"LowMemoryBP": _lowmem_gelu}),
     OpCase("bias_act", "silu gate", {"u": "T N", "gate": "T N"}, (), lambda t, drop: F.silu(t["u"]) * t["gate"],
-           lambda t, p, seed: bias_act(t["u"], act="silu", gate=t["gate"]), "8*T*N*s",
+           lambda t, p, seed: bias_act(t["u"], act="silu", gate=t["gate"]), "8*T*N*s", "5*T*N*s",
            peers={"liger": _liger_swiglu, "LowMemoryBP": _lowmem_silu}),
     OpCase("column_sum", "bias gradient", {"x": "T N"}, ("x",), lambda t, drop: t["x"].sum(0, keepdim=True),
            lambda t, p, seed: column_sum(t["x"]), "T*N*s"),
     OpCase("dropout", "p=0.1", {"x": "T H"}, (), lambda t, drop: drop(t["x"]),
-           lambda t, p, seed: dropout(t["x"], p, seed=seed) if p else t["x"] * 1, "4*T*H*s", p=0.1),
+           lambda t, p, seed: dropout(t["x"], p, seed=seed) if p else t["x"] * 1, "4*T*H*s", "2*T*H*s",
+           p=0.1),
+    # of attention's seven products five are backward's, which computes the scores again
     *(OpCase("attention", f"p={p}", _HEADS, (), _attention,
-             lambda t, p, seed: attention(t["q"], t["k"], t["v"], p=p, seed=seed), "12*T*H*s", _ATTENTION_FLOPS, p=p,
+             lambda t, p, seed: attention(t["q"], t["k"], t["v"], p=p, seed=seed), "12*T*H*s", "8*T*H*s",
+             "14*T*S*H", "10*T*S*H", p=p,
              eager=lambda t, p: F.scaled_dot_product_attention(t["q"], t["k"], t["v"], dropout_p=p))
       for p in (0.0, 0.1)),
     *(_lora_case(K, N, p, wide) for wide in (False, True) for K in "HN" for N in "HN" for p in (0.0, 0.1)),
     _lora_case("H", "H", 0.0, False, "R"),
     OpCase("packed_linear", "q k v", _PROJECTIONS, ("w0", "w1", "w2"), _packed,
            lambda t, p, seed: packed_linear(t["x"], [t[f"w{i}"] for i in range(3)], [t[f"c{i}"] for i in range(3)]),
-           "s*(8*T*H + 6*H*H)", "12*T*H*H"),
+           "s*(8*T*H + 6*H*H)", "s*(4*T*H + 3*H*H)", "12*T*H*H", "6*T*H*H",
+           matmuls=lambda t: F.linear(t["x"], t["w0"]._base)),  # all three weights as they lie
 )  # fmt: skip
 
 
@@ -281,15 +291,15 @@ def evaluate(formula: str, letters: Mapping[str, int]) -> float:
 
 
 def inputs(case: OpCase, letters: Mapping[str, int], dtype: torch.dtype, device: torch.device, seed: int) -> Tensors:
-    """Random inputs; a matrix of weights is scaled so that what it gives is of the size of x."""
-    generator = torch.Generator().manual_seed(seed)
+    """Random inputs, drawn on the device; a matrix of weights is scaled so that what it gives is of the size of x."""
+    generator = torch.Generator(device).manual_seed(seed)
     found = {}
     for name, shape in case.shapes.items():
         lengths = [letters[letter] for letter in shape.split()]
         weight = len(lengths) == 2 and shape[0] != "T"
-        value = torch.randn(lengths, generator=generator) * (lengths[1] ** -0.5 if weight else 1.0)
+        value = torch.randn(lengths, generator=generator, device=device) * (lengths[1] ** -0.5 if weight else 1.0)
         kept = torch.float32 if name in case.wide else dtype
-        found[name] = value.to(device, kept).requires_grad_(name not in case.frozen)
+        found[name] = value.to(kept).requires_grad_(name not in case.frozen)
     if case.op == "packed_linear":  # the weights behind one another, as patch() lays them
         weights = [name for name in found if name.startswith("w")]
         found |= zip(weights, torch.cat([found[name] for name in weights]).chunk(len(weights)), strict=True)

@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
-from bench import harness, models, op_runs, ops, readme
+from bench import gate, harness, models, op_runs, ops, readme
 from bench.__main__ import app, main
 from petune_kernels import cuda_graph
 from petune_kernels.studies.errors import InputError, StudyError
@@ -35,7 +35,8 @@ NORM, DROPOUT = (next(case for case in ops.CASES if case.op == op) for op in ("r
 def test_every_op_passes_its_gate_and_has_a_time(case: ops.OpCase, dtype: str) -> None:
     row = op_runs.measure_op(case, 64, dtype, TINY, CEILING)
     assert harness.OURS not in row["refused"], row["refused"]
-    assert row["gate"][harness.OURS]["p"] == case.p and set(row["seconds"]) == {harness.EAGER, harness.OURS}
+    floor = set() if case.matmuls is None else {harness.MATMULS}
+    assert row["gate"][harness.OURS]["p"] == case.p and set(row["seconds"]) == {harness.EAGER, harness.OURS} | floor
     assert set(row["refused"]) == set(case.peers)  # without a GPU none of them runs, and each says so
     assert row["speedup"][harness.OURS] == row["petune_over"][harness.EAGER]
 
@@ -58,7 +59,7 @@ def test_a_wrong_provider_gets_no_time(broken) -> None:
 
 def test_the_gate_of_dropout_knows_the_mask_of_a_seed() -> None:
     other = dataclasses.replace(DROPOUT, ours=lambda t, p, seed: DROPOUT.ours(t, p, seed + 1))
-    row: harness.Row = {"gate": {}, "refused": {}}
+    row = harness.new_row({})
     letters = ops.sizes(2, 8, 64, torch.float32)
     op_runs.check_op(other, {harness.EAGER: lambda t, p, seed: other.eagerly(t, p), harness.OURS: other.ours}, letters,
                      torch.float32, CPU, row)  # fmt: skip
@@ -66,10 +67,37 @@ def test_the_gate_of_dropout_knows_the_mask_of_a_seed() -> None:
 
 
 def test_shares_of_the_floor_by_hand() -> None:
-    row = {"seconds": {"petune": {"median": 1e-3}}}
-    found = op_runs.shares(NORM, ops.sizes(10, 10, 64, torch.float32), row, CEILING)
+    letters, seconds = ops.sizes(10, 10, 64, torch.float32), {"petune": {"median": 1e-3}, harness.MATMULS: None}
+    found = op_runs.shares(NORM.bytes, NORM.flops, letters, seconds, CEILING)
     assert found["floor_seconds"] == pytest.approx(5 * 100 * 64 * 4 / 1e9)
-    assert found["share_of_floor"]["petune"] == pytest.approx(0.128) and found["rate"]["petune"] == "0.128 GB/s"
+    assert found["share_of_floor"] == found["share_of_copy"] == {"petune": pytest.approx(0.128)}
+    assert found["rate"] == {"petune": "0.128 GB/s"}
+    found = op_runs.shares(NORM.bytes, "1000*T*H*s", letters, seconds, CEILING)
+    assert found["share_of_floor"]["petune"] == pytest.approx(2.56) and found["rate"]["petune"] == "0.0256 TFLOP/s"
+    assert found["share_of_copy"]["petune"] == pytest.approx(0.128)
+
+
+def test_ceilings_are_of_one_copy_and_one_matmul(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("BYTES", 4000), ("WIDTH", 10), ("CALLS", 10)):
+        monkeypatch.setitem(getattr(op_runs, f"CEILING_{name}"), "cpu", value)
+    monkeypatch.setattr(
+        op_runs.measure, "interleave", lambda runs, *_: {name: [2.0] for name in runs if not runs[name]()}
+    )
+    found = op_runs.ceilings(CPU, torch.float32)  # ten in two seconds
+    assert found == {"copy_bytes_per_second": 40_000.0, "matmul_flops_per_second": 10_000.0}
+
+
+@pytest.mark.parametrize("case", ops.CASES, ids=lambda case: f"{case.op} {case.use}")
+def test_backward_is_part_of_what_a_case_costs(case: ops.OpCase) -> None:
+    """Forward reads every input and writes every output once; the rest of the formula is backward's."""
+    letters = ops.sizes(2, 8, 64, torch.bfloat16)
+    t = ops.inputs(case, letters, torch.bfloat16, CPU, seed=0)
+    large = [t[name] for name, shape in case.shapes.items() if " " in shape and not {"r", "R"} & set(shape.split())]
+    large += [out for out in gate.outputs(case.ours(t, 0.0, None)) if out.shape[0] > 1]  # no vectors, no factors
+    forward = 2 * sum(x.numel() for x in large)
+    whole, back = ops.evaluate(case.bytes, letters), ops.evaluate(case.back_bytes or "0", letters)
+    assert whole - back == forward and bool(case.back_bytes) == any(x.requires_grad for x in t.values())
+    assert 0 <= ops.evaluate(case.back_flops, letters) <= ops.evaluate(case.flops, letters)
 
 
 @pytest.fixture(scope="module")
@@ -140,19 +168,15 @@ def test_targets_hold_where_they_were_set_and_say_what_is_missing() -> None:
     assert models.targets(dataclasses.replace(case, length=64), settings, {"eager": {"median": 1.5}}) == []
 
 
-def test_a_layer_is_gated_and_timed() -> None:
-    settings = dataclasses.replace(TINY, widths=("minilm",))
-    row = op_runs.measure_layer(models.Case("minilm", "bitfit", "float32", 2, 8), settings)
-    assert row["refused"] == {} and set(row["seconds"]) == {"eager", "petune"}
-
-
 def test_a_result_is_on_disk_after_every_case_and_never_half(tmp_path: Path) -> None:
     result = harness.Result(Files.new(tmp_path, "ops"), "ops", {}, CPU)
-    result.add({"case": {"n": 1}})
+    row = harness.new_row({"n": 1})
+    result.add(row)
+    result.data["settings"]["n"] = float("nan")
     with pytest.raises(ValueError, match="JSON compliant"):
-        result.add({"case": {"n": float("nan")}})
+        result.add(row)
     found = json.loads(result.files.json.read_text())
-    assert found["rows"] == [{"case": {"n": 1}}] and not found["complete"]
+    assert found["rows"] == [row] and not found["complete"]
     assert main("collect", str(tmp_path), str(tmp_path / "all.json")) == 0
     assert json.loads((tmp_path / "all.json").read_text())["parts"] == [found]
 
@@ -165,6 +189,7 @@ def test_a_result_is_on_disk_after_every_case_and_never_half(tmp_path: Path) -> 
         (["ops", "--op", "norm"], "--op is 'norm'; accepted are residual_norm"),
         (["ops", "--dtype", "float16"], "--dtype is 'float16'"),
         (["layers", "--device", "tpu"], "--device is 'tpu'"),
+        (["layers", "--compile-mode", "fast"], "--compile-mode is 'fast'; accepted are default, reduce-overhead"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_2(arguments, message, tmp_path: Path, capsys) -> None:

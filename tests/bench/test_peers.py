@@ -106,17 +106,19 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(("peer", "name"), SERVED)
 def test_a_peer_is_called_as_its_package_asks(peer: str, name: str, dtype: torch.dtype, stand_ins: None) -> None:
     case, letters = CASES[name], ops.sizes(2, 8, 64, dtype)
-    row: harness.Row = {"gate": {}, "refused": {}}
-    found = op_runs.providers(case, GPU, False, row["refused"])
+    row = harness.new_row({})
+    found = op_runs.providers(case, GPU, (), row["refused"])
     assert peer in found and peer not in row["refused"]
     calls = {harness.EAGER: found[harness.EAGER], peer: found[peer]}
     op_runs.check_op(case, calls, letters, dtype, CPU, row)
     if case.op == "bias_act":
-        assert row["refused"][peer].startswith("wrong: gradient of ") and peer not in calls
+        assert row["refused"][peer].startswith("wrong: ") and peer not in calls
+        assert "gradient of " in row["refused"][peer]
     else:
         assert peer in calls, row["refused"]
         assert row["gate"][peer]["compared"] == 1 + len(case.shapes) - len(case.frozen)
-        op_runs.turn(calls[peer], case.p, [ops.inputs(case, letters, dtype, CPU, seed) for seed in (0, 1)], 2)()
+        sets = [ops.inputs(case, letters, dtype, CPU, seed) for seed in (0, 1)]
+        op_runs.Turn(peer, calls[peer], case.p, sets, CPU, repeats=2).run()
 
 
 def test_every_binding_has_been_called() -> None:
@@ -127,7 +129,7 @@ def test_every_binding_has_been_called() -> None:
 
 def test_trained_vectors_are_nothing_for_unsloth(stand_ins: None) -> None:
     case = CASES["residual_norm layernorm"]
-    row: harness.Row = {"gate": {}, "refused": {}}
+    row = harness.new_row({})
     call = ops._unsloth_layer_norm()
     calls = {harness.EAGER: lambda t, p, seed: case.eagerly(t, p), "unsloth": lambda t, p, seed: call(t)}
     op_runs.check_op(case, calls, ops.sizes(2, 8, 64, torch.float32), torch.float32, CPU, row)
@@ -140,7 +142,7 @@ def test_an_absent_package_is_named_and_not_called(peer: str, monkeypatch: pytes
     monkeypatch.setitem(sys.modules, NAMES[peer], None)
     case = next(case for case in ops.CASES if peer in case.peers)
     refused: dict[str, str] = {}
-    assert peer not in op_runs.providers(case, GPU, False, refused)
+    assert peer not in op_runs.providers(case, GPU, (), refused)
     assert refused[peer].startswith("not importable: ModuleNotFoundError: ")
 
 
@@ -151,15 +153,16 @@ def test_an_import_that_breaks_is_reported(raised: str, tmp_path, monkeypatch: p
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "unsloth", raising=False)
     refused: dict[str, str] = {}
-    found = op_runs.providers(CASES["residual_norm rmsnorm frozen"], GPU, False, refused)
+    found = op_runs.providers(CASES["residual_norm rmsnorm frozen"], GPU, (), refused)
     assert refused["unsloth"] == f"not importable: {raised}: no accelerator"
     assert set(found) == {harness.EAGER, harness.OURS, f"{harness.OURS}, triton"}
 
 
 def test_unsloth_does_not_run_beside_torch_compile(stand_ins: None) -> None:
     refused: dict[str, str] = {}
-    found = op_runs.providers(CASES["residual_norm rmsnorm frozen"], GPU, True, refused)
-    assert harness.COMPILED in found and "unsloth" not in found and "--compile" in refused["unsloth"]
+    found = op_runs.providers(CASES["residual_norm rmsnorm frozen"], GPU, op_runs.MODES, refused)
+    assert {harness.compiled(mode) for mode in op_runs.MODES} < set(found)
+    assert "unsloth" not in found and "--compile" in refused["unsloth"]
 
 
 def test_the_reason_of_a_kernel_that_does_not_compile_is_its_cause() -> None:
@@ -173,7 +176,7 @@ def test_the_reason_of_a_kernel_that_does_not_compile_is_its_cause() -> None:
             raise CompilationError("at 60:22:\n  tl.dot(s, b)") from error
 
     case = CASES["column_sum bias gradient"]
-    row: harness.Row = {"gate": {}, "refused": {}}
+    row = harness.new_row({})
     calls = {harness.EAGER: lambda t, p, seed: case.eagerly(t, p), "peer": call}
     op_runs.check_op(case, calls, ops.sizes(2, 8, 64, torch.float32), torch.float32, CPU, row)
     assert row["refused"] == {"peer": "CompilationError: K >= 16"} and "peer" not in calls
