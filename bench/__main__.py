@@ -68,9 +68,11 @@ def models(
     rounds: Rounds = 15,
     layers: Annotated[int | None, typer.Option(min=1, help="Cut the model to so many layers.")] = None,
     compile: Compile = False,
+    compile_mode: CompileMode = None,
     memory: Annotated[bool, typer.Option("--memory", help="Peak memory in fresh processes, too.")] = False,
     saved: Annotated[bool, typer.Option(help="Count the bytes saved for backward.")] = True,
     cuda_graphs: Annotated[bool, typer.Option("--cuda-graphs", help="Captured layers and steps, too (GPU).")] = False,
+    trainer: Annotated[int, typer.Option(min=0, help="Steps of each turn in transformers' Trainer, too; 0: none.")] = 0,
     out: Out = RESULTS,
 ) -> None:
     """Whole training steps: eager PyTorch or PEFT, patched, and torch.compile if asked for."""
@@ -80,8 +82,8 @@ def models(
     if cuda_graphs and device != "cuda":
         raise InputError(f"--cuda-graphs needs --device cuda; it is {device}")
     settings = benchmark.Settings(
-        tuple(shape), tuple(regime or benchmark.REGIMES), tuple(dtype), batch, length, device, rounds, layers, compile,
-        memory, saved, cuda_graphs,
+        tuple(shape), tuple(regime or benchmark.REGIMES), tuple(dtype), batch, length, device, rounds, layers,
+        _modes(compile, compile_mode), memory, saved, cuda_graphs, trainer,
     )  # fmt: skip
     benchmark.run(settings, Files.new(out, "models"), console)
 

@@ -25,31 +25,39 @@ part() { # seconds, then the command; a failure is shown, and the next part runs
     fi
     echo "== $* (at most ${limit} s)"
     timeout --signal=INT --kill-after=10 "$limit" "$@" || { echo "== exit $?: $*" && FAILED=1; }
-    "$PYTHON" -m bench collect "$PARTS" "$RESULT" || true # nothing measured yet is no failure of the collection
 }
 
 if ! "$PYTHON" -c "import torch, sys; sys.exit(not torch.cuda.is_available())"; then
     echo "PyTorch sees no NVIDIA GPU" >&2
     exit 2
 fi
-timeout 180 "$PYTHON" setup.py -q build_ext --inplace || { echo "the build failed" >&2 && exit 1; }
+# whatever ends this, what was measured is put together
+trap '"$PYTHON" -m bench collect "$PARTS" "$RESULT" && echo "result  $RESULT"' EXIT
+if ! FORCE_CUDA=1 timeout 180 "$PYTHON" setup.py -q build_ext --inplace; then
+    echo "== the build failed: Triton's kernels serve where there are any, and the results say so" >&2
+    FAILED=1
+fi
 "$PYTHON" -m petune_kernels.cli doctor
 
 BENCH=("$PYTHON" -m bench)
-COMMON=(--device cuda --out "$PARTS")
-part 80 "${BENCH[@]}" ops --width bert-base --batch 32 --length 512 --dtype bfloat16 --rounds 9 "${COMMON[@]}"
-part 60 "${BENCH[@]}" models --shape bert-base --batch 32 --length 128 --dtype bfloat16 --rounds 9 \
-    --regime layernorm --regime bitfit --regime "lora-all p=0.1" "${COMMON[@]}"
-part 60 "${BENCH[@]}" models --shape bert-base --batch 32 --length 512 --dtype bfloat16 --rounds 9 --memory \
+COMMON=(--device cuda --dtype bfloat16 --out "$PARTS")
+# what has a target first
+part 45 "${BENCH[@]}" models --shape bert-base --batch 32 --length 512 --rounds 9 --no-saved \
     --regime layernorm --regime "lora-all p=0.1" "${COMMON[@]}"
-part 60 "${BENCH[@]}" models --shape minilm --shape bert-base --batch 16 --length 128 --dtype bfloat16 --rounds 9 \
-    --no-saved --cuda-graphs --regime layernorm --regime "lora-all p=0.1" "${COMMON[@]}"
-part 25 "${BENCH[@]}" overhead "${COMMON[@]}"
-part 45 "${BENCH[@]}" ops --width llama --batch 4 --length 4096 --dtype bfloat16 --rounds 7 --op residual_norm \
-    --op bias_act "${COMMON[@]}"
-part 40 "${BENCH[@]}" layers --shape bert-base --batch 32 --length 512 --dtype bfloat16 --rounds 9 \
-    --regime layernorm --regime "lora-all p=0.1" --compile "${COMMON[@]}"
-part 60 "${BENCH[@]}" models --shape roberta-large --batch 32 --length 512 --dtype bfloat16 --rounds 5 \
-    --regime layernorm --compile "${COMMON[@]}"
-echo "result  $RESULT"
+part 60 "${BENCH[@]}" models --shape bert-base --batch 16 --length 128 --rounds 9 --no-saved --cuda-graphs --trainer 20 \
+    --regime layernorm --regime "lora-all p=0.1" "${COMMON[@]}"
+part 70 "${BENCH[@]}" ops --width bert-base --batch 32 --length 512 --rounds 9 --op residual_norm --op bias_act \
+    --op column_sum --op lora_linear --op dropout --op packed_linear "${COMMON[@]}"
+part 40 "${BENCH[@]}" models --shape roberta-large --batch 32 --length 512 --rounds 5 --no-saved \
+    --regime layernorm --regime "lora-all p=0.1" "${COMMON[@]}"
+part 45 "${BENCH[@]}" models --shape bert-base --batch 32 --length 128 --rounds 9 --no-saved --cuda-graphs --trainer 20 \
+    --regime bitfit --regime "lora-qv p=0.1" "${COMMON[@]}"
+part 90 "${BENCH[@]}" models --shape bert-base --batch 32 --length 512 --rounds 9 --no-saved --compile \
+    --compile-mode reduce-overhead --regime layernorm "${COMMON[@]}"
+part 30 "${BENCH[@]}" ops --width llama --batch 4 --length 4096 --rounds 7 --op residual_norm "${COMMON[@]}"
+part 40 "${BENCH[@]}" models --shape bert-base --batch 32 --length 512 --rounds 3 --memory \
+    --regime layernorm --regime "lora-all p=0.1" "${COMMON[@]}"
+part 40 "${BENCH[@]}" layers --shape bert-base --batch 32 --length 512 --rounds 9 --compile \
+    --regime layernorm "${COMMON[@]}"
+part 25 "${BENCH[@]}" overhead --device cuda --out "$PARTS"
 exit "$FAILED"

@@ -36,7 +36,8 @@ PEERS = ("liger-kernel", "flash-attn", "quack-kernels", "apex", "lorafusion", "l
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#000000")  # Okabe-Ito
 
 Row = dict[str, Any]
-Given, Made = TypeVar("Given"), TypeVar("Made")
+Given = TypeVar("Given")
+Made = TypeVar("Made")
 
 
 class Result:
@@ -59,6 +60,11 @@ class Result:
 
     def add(self, row: Row) -> None:
         self.data["rows"].append(finite(row))
+        self.write()
+
+    def replace(self, row: Row) -> None:
+        """The last row, of which more is there now."""
+        self.data["rows"][-1] = finite(row)
         self.write()
 
     def write(self) -> None:
@@ -268,15 +274,18 @@ def _also(row: Row, provider: str) -> str:
             facts.append(f"{over[provider]['median']:.2f} x the frozen matmuls alone")
     if provider in row.get("saved_bytes_per_token_per_layer", {}):
         facts.append(f"saved {row['saved_bytes_per_token_per_layer'][provider]:,.0f} B/token/layer")
+    if provider in row.get("trainer", {}).get("seconds", {}):
+        facts.append(f"in Trainer {_time(row['trainer']['seconds'][provider]['median'])}")
     if provider in row.get("memory", {}):
         facts.append(f"peak {row['memory'][provider]['peak'] / 2**20:,.0f} MiB")
+    for target in row.get("targets", []):
+        if target["of"] == provider:
+            met = "met" if target["short_by"] <= 0 else f"short by {target['short_by']:.2f}"
+            facts.append(f"target {target['target']} x {target['over']}: {met}")
     if provider == OURS:
         best = row["best_peer"]
         if best not in (None, EAGER):
             facts.append(f"{row['petune_over'][best]['median']:.2f} x the best peer, {best}")
-        for target in row.get("targets", []):
-            met = "met" if target["short_by"] <= 0 else f"short by {target['short_by']:.2f}"
-            facts.append(f"target {target['target']} x {target['over']}: {met}")
     return "; ".join(facts)
 
 

@@ -70,7 +70,7 @@ class Layer:
     """
 
     def __init__(self, case: models.Case, provider: str, device: torch.device):
-        model = models.build(case, provider, device, 1)
+        model: Any = models.build(case, provider, device, 1)
         model.config.use_cache = False  # a cache would grow from call to call
         (self.module,) = next(m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == 1)
         batch = {name: t for name, t in models.random_batch(case, device).items() if name != "labels"}

@@ -6,7 +6,8 @@ import copy
 import dataclasses
 import functools
 import gc
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product, repeat
 from typing import Any
@@ -23,7 +24,7 @@ from petune_kernels.studies.errors import StudyError
 from petune_kernels.studies.result import Files
 from petune_kernels.studies.shapes import SHAPES
 
-from . import harness
+from . import harness, trainer_loop
 from .harness import COMPILED, EAGER, OURS
 
 LORA = {"lora-qv": None, "lora-all": "all-linear"}  # None: PEFT's own choice for the model, query and value in BERT
@@ -31,7 +32,7 @@ REGIMES = ("layernorm", "bitfit", "full", *(f"{name} p={p}" for name in LORA for
 
 GRAPHED, WHOLE = f"{OURS}, CUDA graphs", f"{OURS}, whole step a CUDA graph"
 
-# How much faster than a peer the step must be: MiniLM, 16 x 128, on a CPU.
+# How much faster than a peer the step must be. MiniLM, 16 x 128, on a CPU:
 TARGETS = {
     ("layernorm", "bfloat16"): {EAGER: 1.9, COMPILED: 2.0},
     ("layernorm", "float32"): {EAGER: 1.4, COMPILED: 2.0},
@@ -41,6 +42,10 @@ TARGETS = {
     ("lora-all p=0.1", "float32"): {EAGER: 1.9},
     ("lora-qv p=0.1", "bfloat16"): {EAGER: 2.4},
 }
+# On a GPU: BERT-base and RoBERTa-large at 32 x 512, where kernels decide, and at 128 tokens, where launches do.
+LARGE_ON_GPU = {EAGER: 1.5, COMPILED: 1.15, harness.compiled("reduce-overhead"): 1.15}
+SMALL_ON_GPU = {OURS: 1.5, GRAPHED: 4.0}  # over eager; ours in Trainer's loop
+WARM = 3  # steps before timing: a shape is captured, and a compiled model compiled, by then
 
 
 @dataclass(frozen=True)
@@ -56,8 +61,9 @@ class Case:
 
 @dataclass(frozen=True)
 class Settings:
-    """`layers` cuts the models short (None: as many as the shape has); `memory` takes a fresh process per provider;
-    `graphs` (on a GPU) times CUDA graphs of the layers and of the whole step, too."""
+    """`layers` cuts the models short (None: as many as the shape has); `compile`: torch.compile's modes; `memory` takes
+    a fresh process per provider; `graphs` (on a GPU) times CUDA graphs of the layers and of the whole step, too;
+    `trainer`: steps of each turn of transformers' Trainer (0: none)."""
 
     shapes: Sequence[str] = ("minilm",)
     regimes: Sequence[str] = REGIMES
@@ -67,14 +73,15 @@ class Settings:
     device: str = "cpu"
     rounds: int = 15
     layers: int | None = None
-    compile: bool = False
+    compile: Sequence[str] = ()
     memory: bool = False
     saved: bool = True
     graphs: bool = False
+    trainer: int = 0
 
 
 def run(settings: Settings, files: Files, console: Console) -> dict[str, Any]:
-    """Every case of the settings, written after each. Raises StudyError in the end where petune failed its gate."""
+    """Every case of the settings, written as it grows. Raises StudyError in the end where petune has no time."""
     device = torch.device(settings.device)
     harness.check_names("--shape", settings.shapes, list(SHAPES))
     harness.check_names("--regime", settings.regimes, REGIMES)
@@ -83,7 +90,10 @@ def run(settings: Settings, files: Files, console: Console) -> dict[str, Any]:
     with harness.progress(console, len(asked)) as begin:
         for case in asked:
             begin(harness.title(dataclasses.asdict(case)))
-            result.add(measure_case(case, settings))
+            row = harness.new_row(dataclasses.asdict(case))
+            result.add(row)
+            for _ in measure_case(case, settings, row):
+                result.replace(row)
     result.finish(console)
     return result.data
 
@@ -94,49 +104,90 @@ def cases(settings: Any) -> list[Case]:
     return [Case(shape, regime, dtype, settings.batch, settings.length) for shape, dtype, regime in asked]
 
 
-def measure_case(case: Case, settings: Settings) -> harness.Row:
+def measure_case(case: Case, settings: Settings, row: harness.Row) -> Iterator[None]:
+    """Fills the row part by part, what is soonest there first: a run that is cut short keeps the parts before."""
     device = torch.device(settings.device)
     batch = random_batch(case, device)
-    names = [EAGER, OURS, *([GRAPHED, WHOLE] if settings.graphs else []), *([COMPILED] if settings.compile else [])]
-    models = {name: build(case, name, device, settings.layers) for name in names}
-    row: harness.Row = {"case": dataclasses.asdict(case), "gate": {}, "refused": {}}
-    small = {name: tensor[:4, :64] if tensor.dim() > 1 else tensor[:4] for name, tensor in batch.items()}
-    for name in names[1:]:
-        row["gate"][name], wrong = gate(models[EAGER], models[name], small)
-        if wrong:
-            row["refused"][name] = wrong
-            del models[name]
-    steps = settings.rounds + 3
-    runs = {
-        name: train.Run(model, repeat(batch), steps, lr=1e-4, seed=0, whole=name == WHOLE)
-        for name, model in models.items()
-    }
-    row |= harness.turns({name: run.step for name, run in runs.items()}, settings.rounds, device, warm=3)
-    row["losses"] = {name: run.losses[-1] for name, run in runs.items()}
-    row["graphs"] = {name: str(found) for name, found in graphs_of(models.get(GRAPHED)).items()}
-    row["targets"] = targets(case, settings, row["petune_over"])
-    del models, runs
-    if COMPILED in names:
+    own: dict[str, str | None] = dict.fromkeys([EAGER, OURS, *([GRAPHED, WHOLE] if settings.graphs else [])])
+    with harness.reported(row):
+        time_steps(case, own, batch, settings, row)
+    yield
+    if settings.compile and row["seconds"]:
+        left: dict[str, str | None] = {name: None for name in own if name in row["seconds"]}
+        with harness.reported(row):
+            modes = {harness.compiled(mode): mode for mode in settings.compile}
+            time_steps(case, left | modes, batch, settings, row)
         torch.compiler.reset()
+        yield
     gc.collect()
+    timed = [name for name in own if name in row["seconds"]]
+    if settings.trainer and timed:
+        with harness.reported(row):
+            names = [name for name in timed if name != WHOLE]
+            row["trainer"] = trainer_loop.times(case, names, settings.trainer, device, settings.layers)
+        yield
+    row["targets"] = targets(case, settings, row)
     if settings.saved:
         row["saved_bytes_per_token_per_layer"] = {
             name: measure.saved_bytes_per_token_per_layer(functools.partial(build, case, name, device), batch)
-            for name in row["seconds"]
+            for name in timed
             if name in (EAGER, OURS)
         }
     if settings.memory:
-        peaks = {
-            name: measure.fresh_process(step_memory, case, name, settings)
-            for name in row["seconds"]
-            if name not in (GRAPHED, WHOLE)
-        }
-        row["memory"] = {name: dataclasses.asdict(peak) | {"rise": peak.rise} for name, peak in peaks.items()}
-    return row
+        found = harness.attempt(
+            {name: None for name in row["seconds"] if name not in (GRAPHED, WHOLE)},
+            row["refused"],
+            lambda name, _: measure.fresh_process(step_memory, case, name, settings),
+        )
+        row["memory"] = {name: dataclasses.asdict(peak) | {"rise": peak.rise} for name, peak in found.items()}
+    yield
 
 
-def build(case: Case, provider: str, device: torch.device, layers: int | None = None) -> nn.Module:
-    """The case's model in training mode, tuned and, by the provider, patched or compiled. Always the same weights.
+def time_steps(
+    case: Case, wanted: Mapping[str, str | None], batch: train.Batch, settings: Settings, row: harness.Row
+) -> None:
+    """Gate and whole steps of these providers (and torch.compile's modes), in turn."""
+    device, refused = torch.device(settings.device), row["refused"]
+    small = {name: tensor[:4, :64] if tensor.dim() > 1 else tensor[:4] for name, tensor in batch.items()}
+
+    def judged(name: str, model: nn.Module) -> str:
+        row["gate"][name], wrong = gate(stock, model, small)
+        return wrong
+
+    def ready(name: str, model: nn.Module) -> Callable[[], object]:
+        run = runs[name] = train.Run(
+            model, repeat(batch), settings.rounds + WARM, lr=1e-4, seed=0, whole=name == WHOLE
+        )  # fmt: skip
+
+        def step() -> None:
+            if wanted[name] is not None:
+                torch.compiler.cudagraph_mark_step_begin()
+            run.step()
+
+        for _ in range(WARM):
+            step()
+        if not math.isfinite(run.losses[-1]):
+            raise StudyError(f"its loss is {run.losses[-1]}")
+        return step
+
+    runs: dict[str, train.Run] = {}
+    models = harness.attempt(
+        wanted, refused, lambda name, mode: build(case, name, device, settings.layers, mode)
+    )  # fmt: skip
+    stock = harness.needed(models)
+    harness.judge(models, refused, judged)
+    steps = harness.attempt(models, refused, ready)
+    harness.needed(steps)
+    row |= harness.turns(steps, settings.rounds, device, warm=0)
+    row["losses"] = {name: runs[name].losses[-1] for name in steps}
+    row["graphs"] = {name: str(found) for name, found in graphs_of(models.get(GRAPHED)).items()}
+
+
+def build(
+    case: Case, provider: str, device: torch.device, layers: int | None = None, mode: str | None = None
+) -> nn.Module:
+    """The case's model in training mode, tuned and, by the provider, patched, or compiled in this mode of
+    torch.compile. Always the same weights.
 
     LoRA's B is random instead of zero, or A would have no gradient that the gate could compare.
     """
@@ -156,8 +207,9 @@ def build(case: Case, provider: str, device: torch.device, layers: int | None = 
         pk.tune(model, name)
     if provider in (OURS, GRAPHED, WHOLE):
         pk.patch(model, cuda_graphs=provider == GRAPHED)
-    elif provider == COMPILED:
-        model.compile()  # in place: the parameters keep their names
+    elif mode is not None:
+        # in place: the parameters keep their names; for the shape that comes, or the gate's would make all dynamic
+        model.compile(dynamic=False, mode=mode)
     return model
 
 
@@ -194,25 +246,35 @@ def gate(stock: nn.Module, other: nn.Module, batch: train.Batch) -> tuple[dict[s
     return fact, reason
 
 
-def targets(case: Case, settings: Settings, over: dict[str, Any]) -> list[dict[str, Any]]:
+def targets(case: Case, settings: Settings, row: harness.Row) -> list[dict[str, Any]]:
     """The targets that hold for this case, what was reached, and by how much it falls short (negative: met)."""
-    if (case.shape, case.batch, case.length, settings.device, settings.layers) != ("minilm", 16, 128, "cpu", None):
+    found: list[tuple[str, str, float, float]] = []
+    over, shape = row["petune_over"], (case.batch, case.length)
+    if settings.layers is not None:
         return []
-    wanted = TARGETS.get((case.regime, case.dtype), {})
+    if settings.device == "cpu" and (case.shape, shape) == ("minilm", (16, 128)):
+        wanted = TARGETS.get((case.regime, case.dtype), {})
+        found = [(OURS, peer, goal, over[peer]["median"]) for peer, goal in wanted.items() if peer in over]
+    elif settings.device == "cuda" and case.dtype == "bfloat16":
+        if case.shape in ("bert-base", "roberta-large") and shape == (32, 512):
+            found = [(OURS, peer, goal, over[peer]["median"]) for peer, goal in LARGE_ON_GPU.items() if peer in over]
+        elif shape in ((16, 128), (32, 128)):
+            reached = {GRAPHED: row["speedup"], OURS: row.get("trainer", {}).get("speedup", {})}
+            found = [(n, EAGER, g, reached[n][n]["median"]) for n, g in SMALL_ON_GPU.items() if n in reached[n]]
     return [
-        {"over": peer, "target": goal, "reached": over[peer]["median"], "short_by": goal - over[peer]["median"]}
-        for peer, goal in wanted.items()
-        if peer in over
+        {"of": of, "over": peer, "target": goal, "reached": got, "short_by": goal - got}
+        for of, peer, goal, got in found
     ]
 
 
 def step_memory(case: Case, provider: str, settings: Settings) -> measure.Peak:
     """One step of a provider, for a process that has done nothing else, after a tiny step that sets up what stays."""
     device = torch.device(settings.device)
-    model, batch = build(case, provider, device, settings.layers), random_batch(case, device)
+    mode = {harness.compiled(m): m for m in settings.compile}.get(provider)
+    model, batch = build(case, provider, device, settings.layers, mode), random_batch(case, device)
     small = {name: tensor[:1, :8] if tensor.dim() > 1 else tensor[:1] for name, tensor in batch.items()}
     # A compiled step is set up by its own shape: another one would be compiled while it is measured.
-    batches = [copy.copy(batch), batch] if provider == COMPILED else [small, batch]
+    batches = [copy.copy(batch), batch] if mode is not None else [small, batch]
     step = train.Run(model, iter(batches), 2, lr=1e-4, seed=0).step
     step()
     if not torch.isfinite(next(model.parameters())).all():

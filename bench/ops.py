@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -274,7 +274,7 @@ CASES = (
     OpCase("packed_linear", "q k v", _PROJECTIONS, ("w0", "w1", "w2"), _packed,
            lambda t, p, seed: packed_linear(t["x"], [t[f"w{i}"] for i in range(3)], [t[f"c{i}"] for i in range(3)]),
            "s*(8*T*H + 6*H*H)", "s*(4*T*H + 3*H*H)", "12*T*H*H", "6*T*H*H",
-           matmuls=lambda t: F.linear(t["x"], t["w0"]._base)),  # all three weights as they lie
+           matmuls=lambda t: F.linear(t["x"], cast(Tensor, t["w0"]._base))),  # all three weights as they lie
 )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -77,42 +77,70 @@ def render() -> str:
 
 
 def bench_results() -> list[dict[str, Any]]:
-    """The newest complete result of each benchmark and device; a GPU file holds several benchmarks as its parts."""
-    newest: dict[tuple[str, str], dict[str, Any]] = {}
+    """Of each benchmark and device the newest file's results: one that is complete, or all parts of a GPU file, which a
+    time limit may have cut short."""
+    newest: dict[tuple[str, str], list[dict[str, Any]]] = {}
     folder = ROOT / "bench" / "results"
     for path in sorted([*folder.glob("*-bench-*.json"), *folder.glob("*-gpu.json")]):
         found = json.loads(path.read_text())
-        for part in found.get("parts", [found]):
-            if part["complete"]:
-                newest[part["benchmark"], part["machine"]["device"]] = part
-    return [newest[key] for key in sorted(newest)]
+        parts = found.get("parts") or ([found] if found["complete"] else [])
+        for key in {(part["benchmark"], part["machine"]["device"]) for part in parts}:
+            newest[key] = [part for part in parts if (part["benchmark"], part["machine"]["device"]) == key]
+    return [part for key in sorted(newest) for part in newest[key] if any(row["seconds"] for row in part["rows"])]
 
 
 def render_bench() -> str:
-    """One table for each result: every case with its providers' medians, and each peer's time over petune's."""
-    blocks = []
-    for result in bench_results():
-        machine = result["machine"]
-        providers = list(dict.fromkeys(name for row in result["rows"] for name in row["seconds"]))
-        peers = [name for name in providers if not name.startswith("petune")]
-        lines = [
-            f"`{result['command']}`, {machine['device']}, {machine['threads']} threads, torch "
-            f"{machine['versions']['torch']}; medians in ms, and a peer's time over petune's with its quartiles.",
-            "",
-            f"| {' | '.join(['case', *providers, *(f'petune over {name}' for name in peers)])} |",
-            f"|---|{'--:|' * (len(providers) + len(peers))}",
-        ]
-        for row in result["rows"]:
-            times = [
-                f"{1e3 * row['seconds'][name]['median']:.4g}" if name in row["seconds"] else "-" for name in providers
-            ]
-            ratios = [
-                f"{r['median']:.2f} ({r['low']:.2f} to {r['high']:.2f})" if (r := row["petune_over"].get(name)) else "-"
-                for name in peers
-            ]
-            lines.append(f"| {' | '.join([' '.join(map(str, row['case'].values())), *times, *ratios])} |")
-        blocks.append("\n".join([*lines, ""]))
-    return "\n".join(blocks)
+    """One table for each result: every case with its providers' medians, each peer's time over petune's, and what there
+    is of CUDA graphs, shares of the floor and Trainer's loop."""
+    return "\n".join("\n".join([*_bench_table(result), ""]) for result in bench_results())
+
+
+def _bench_table(result: dict[str, Any]) -> list[str]:
+    machine, rows = result["machine"], [row for row in result["rows"] if row["seconds"]]
+    providers = list(dict.fromkeys(name for row in rows for name in row["seconds"]))
+    peers = list(dict.fromkeys(name for row in rows for name in row["petune_over"]))
+    more: dict[str, Callable[[dict[str, Any]], str]] = {}
+    if any("graph" in row for row in rows):
+        more["petune, CUDA graph"] = lambda row: _ms(row.get("graph", {}).get("seconds", {}).get("petune"))
+    if any("share_of_floor" in row for row in rows):
+        more["petune, share of floor"] = lambda row: _share(row)
+    if any("backward" in row for row in rows):
+        more["petune, backward alone, share"] = lambda row: _share(row.get("backward", {}))
+    if any("trainer" in row for row in rows):
+        more["petune over eager in Trainer"] = lambda row: _ratio(
+            row.get("trainer", {}).get("speedup", {}).get("petune")
+        )
+    names = ["case", *providers, *(f"petune over {name}" for name in peers), *more]
+    cut = "" if result["complete"] else " Cut short by its time limit."
+    lines = [
+        f"`{result['command']}`, {machine['device']}, {machine['threads']} threads, torch "
+        f"{machine['versions']['torch']}; medians in ms, and a peer's time over petune's with its quartiles.{cut}",
+        "",
+        f"| {' | '.join(names)} |",
+        f"|---|{'--:|' * (len(names) - 1)}",
+    ]
+    for row in rows:
+        cells = [" ".join(map(str, row["case"].values())), *(_ms(row["seconds"].get(name)) for name in providers)]
+        cells += [_ratio(row["petune_over"].get(name)) for name in peers] + [cell(row) for cell in more.values()]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _in_trainer(row: dict[str, Any]) -> dict[str, Any]:
+    return row.get("trainer", {}).get("speedup", {})
+
+
+def _ms(spread: dict[str, float] | None) -> str:
+    return "-" if spread is None else f"{1e3 * spread['median']:.4g}"
+
+
+def _ratio(spread: dict[str, float] | None) -> str:
+    return "-" if spread is None else f"{spread['median']:.2f} ({spread['low']:.2f} to {spread['high']:.2f})"
+
+
+def _share(found: dict[str, Any]) -> str:
+    share = found.get("share_of_floor", {}).get("petune")
+    return "-" if share is None else f"{100 * share:.0f} %"
 
 
 def memory_result() -> dict[str, Any] | None:

@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
-from bench import gate, harness, models, op_runs, ops, readme
+from bench import gate, harness, models, op_runs, ops, readme, trainer_loop
 from bench.__main__ import app, main
 from petune_kernels import cuda_graph
 from petune_kernels.studies.errors import InputError, StudyError
@@ -145,8 +145,8 @@ def test_captured_layers_and_steps_are_timed_beside_the_others(tmp_path: Path, m
 def test_a_wrong_model_gets_no_time_and_ends_in_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     build = models.build
 
-    def wrong(case, provider, device, layers=None):
-        model = build(case, provider, device, layers)
+    def wrong(case, provider, *args):
+        model = build(case, provider, *args)
         if provider == harness.OURS:
             next(p for p in model.parameters() if p.requires_grad).data.mul_(1.5)
         return model
@@ -161,11 +161,83 @@ def test_a_wrong_model_gets_no_time_and_ends_in_an_error(tmp_path: Path, monkeyp
     assert "wrong" in json.loads(path.read_text())["rows"][0]["refused"]["petune"]
 
 
+def test_a_provider_that_raises_costs_no_other_its_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build, warmed = models.build, []
+
+    def runs_in_the_gate_only(model, args):
+        warmed.append(1 / (not model.training))
+
+    def breaks(case, provider, *args):
+        if provider == models.WHOLE:
+            raise RuntimeError("cannot be built")
+        model = build(case, provider, *args)
+        if provider == models.GRAPHED:
+            model.register_forward_pre_hook(runs_in_the_gate_only)
+        return model
+
+    monkeypatch.setattr(models, "build", breaks)
+    monkeypatch.setattr(cuda_graph, "Recorder", Recorder)
+    settings = models.Settings(
+        regimes=("layernorm",), dtypes=("float32",), batch=2, length=8, rounds=2, layers=1, saved=False, graphs=True
+    )
+    (row,) = models.run(settings, Files.new(tmp_path, "models"), QUIET)["rows"]
+    assert list(row["seconds"]) == [harness.EAGER, harness.OURS] and warmed
+    assert row["refused"] == {
+        models.WHOLE: "RuntimeError: cannot be built", models.GRAPHED: "ZeroDivisionError: division by zero"
+    }  # fmt: skip
+
+
+def test_a_peer_is_compiled_for_the_shape_that_is_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled for the gate's shape first, torch would take every size for one that varies. What was timed before
+    compiling is on disk by then."""
+    asked, (files, on_disk) = [], (Files.new(tmp_path, "models"), [])
+
+    def compile(module, **options):
+        asked.append(options)
+        on_disk.append(list(json.loads(files.json.read_text())["rows"][0]["seconds"]))
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile)
+    settings = models.Settings(
+        regimes=("layernorm",), dtypes=("float32",), batch=2, length=8, rounds=2, layers=1, saved=False,
+        compile=("default", "reduce-overhead"),
+    )  # fmt: skip
+    (row,) = models.run(settings, files, QUIET)["rows"]
+    assert list(row["seconds"]) == ["eager", "petune", "torch.compile", "torch.compile, reduce-overhead"]
+    assert asked == [{"dynamic": False, "mode": "default"}, {"dynamic": False, "mode": "reduce-overhead"}]
+    assert on_disk == [["eager", "petune"]] * 2
+
+
+def test_steps_inside_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainer_loop, "TURNS", 2)
+    settings = models.Settings(
+        regimes=("layernorm",), dtypes=("float32",), batch=2, length=8, rounds=2, layers=1, saved=False, trainer=2
+    )
+    found = models.run(settings, Files.new(tmp_path, "models"), QUIET)
+    (row,) = found["rows"]
+    assert set(row["trainer"]["seconds"]) == {"eager", "petune"} and row["trainer"]["speedup"]["petune"]["n"] == 2
+    assert "in Trainer" in harness._also(row, "petune") and not row["refused"]
+
+
 def test_targets_hold_where_they_were_set_and_say_what_is_missing() -> None:
     case, settings = models.Case("minilm", "bitfit", "bfloat16", 16, 128), models.Settings()
-    (found,) = models.targets(case, settings, {"eager": {"median": 1.5}})
-    assert found["target"] == 1.9 and found["short_by"] == pytest.approx(0.4)
-    assert models.targets(dataclasses.replace(case, length=64), settings, {"eager": {"median": 1.5}}) == []
+    row = {"petune_over": {"eager": {"median": 1.5}}, "speedup": {}}
+    (found,) = models.targets(case, settings, row)
+    assert found["target"] == 1.9 and found["short_by"] == pytest.approx(0.4) and found["of"] == "petune"
+    assert models.targets(dataclasses.replace(case, length=64), settings, row) == []
+
+
+def test_targets_on_a_gpu() -> None:
+    settings = models.Settings(device="cuda")
+    row = {
+        "petune_over": {"eager": {"median": 2.0}, "torch.compile, reduce-overhead": {"median": 1.1}},
+        "speedup": {models.GRAPHED: {"median": 3.0}}, "trainer": {"speedup": {"petune": {"median": 1.6}}},
+    }  # fmt: skip
+    large = models.targets(models.Case("roberta-large", "layernorm", "bfloat16", 32, 512), settings, row)
+    assert [(t["over"], round(t["short_by"], 2)) for t in large] == [
+        ("eager", -0.5), ("torch.compile, reduce-overhead", 0.05)
+    ]  # fmt: skip
+    small = models.targets(models.Case("bert-base", "layernorm", "bfloat16", 16, 128), settings, row)
+    assert [(t["of"], round(t["short_by"], 2)) for t in small] == [("petune", -0.1), (models.GRAPHED, 1.0)]
 
 
 def test_a_result_is_on_disk_after_every_case_and_never_half(tmp_path: Path) -> None:
