@@ -240,6 +240,7 @@ def _project(source: Tensor, inner: Tensor, by_rank: bool, seed: Tensor | None, 
     R, G = inner.shape[-2] if by_rank else inner.shape[-1], _groups(inner)
     mixed, narrow = inner.dtype != source.dtype, source.element_size() == 2
     low, block = source.new_empty([T, R], dtype=inner.dtype), _rank_block(R)
+    narrow = narrow and not (mixed and source.dtype == torch.float16)  # whose products are float32's
     rows, cols = 64 if narrow else 32, 64 if narrow and seed is None else 32
     project_kernel[(triton.cdiv(T // G, rows), G, triton.cdiv(R, block))](
         source, inner, low, seed, T // G, T // _seeds(seed), threshold(p), scale / (1.0 - p), 1 if by_rank else R,

@@ -210,7 +210,9 @@ def test_lora_linear(case, arch, tmp_path):
         for binary in kernels[name]:
             assert binary.count(WIDE), f"{name}: no 16-byte loads"
             if dtype != torch.float32:  # exact float32 products do not run on tensor cores
-                assert binary.count(TENSOR_CORES[arch]), f"{name} on sm_{arch} runs without tensor cores"
+                # float16 beside float32 factors: float32 results by tf32, for which Triton takes mma everywhere
+                cores = TENSOR_CORES[80 if (dtype, adapter) == (torch.float16, torch.float32) else arch]
+                assert binary.count(cores) or binary.count(TENSOR_CORES[arch]), f"{name} on sm_{arch}: no tensor cores"
 
 
 def test_the_check_can_fail(tmp_path):
