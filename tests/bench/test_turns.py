@@ -45,6 +45,7 @@ def picked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return getattr(reference, op)
 
     monkeypatch.setattr(backends, "_triton_launcher", launcher)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # or Triton would serve no CPU
     return seen
 
 
