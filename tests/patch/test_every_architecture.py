@@ -1,6 +1,6 @@
 """Every architecture of transformers' auto classes, as small as its config lets it be: patched beside unpatched.
 
-Slow: a quarter of an hour. What cannot be built or run so small is skipped with stock's own reason. The families that
+Slow: half an hour. What cannot be built or run so small is skipped with stock's own reason. The families that
 docs/coverage.md names have tests of their own; this one finds what only a stranger does.
 """
 
