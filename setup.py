@@ -43,8 +43,8 @@ def find_nvcc() -> str | None:
 
 def find_compiler() -> str | None:
     """The command of the C++ compiler: CXX as it is given ("ccache g++"), else what is there."""
-    asked = os.environ.get("CXX")
-    if asked and not (words := shlex.split(asked)) or asked and shutil.which(words[0]) is None:
+    asked = os.environ.get("CXX", "").strip()
+    if asked and shutil.which(shlex.split(asked)[0]) is None:
         raise SystemExit(f"CXX={asked}: there is no such command")
     return asked or next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
 

@@ -58,9 +58,8 @@ def compare(
             rows.append((part, error, 3 * other + 8 * torch.finfo(dtype).eps))
     wrong = [row for row in rows if not row[1] <= row[2] < math.inf]
     name, error, bound = max(wrong or rows, key=lambda row: row[1] / row[2])
-    shown = {"error": _shown(error), "bound": _shown(bound)}
     reason = f"wrong: {name} is {error:.1e} off float64, allowed {bound:.1e}" if wrong else ""
-    return {**fact, "compared": len(exact), "worst": name, **shown}, reason
+    return {**fact, "compared": len(exact), "worst": name, "error": shown(error), "bound": shown(bound)}, reason
 
 
 def _errors(value: Tensor, exact: Tensor, small: float) -> tuple[float, float]:
@@ -85,5 +84,5 @@ def _common(exact: Mapping[str, Tensor]) -> float:
     return math.sqrt(sum(s for s, _ in squares) / max(1, sum(n for _, n in squares)))
 
 
-def _shown(value: float) -> float | str:
+def shown(value: float) -> float | str:
     return value if math.isfinite(value) else str(value)  # JSON has no NaN

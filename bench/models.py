@@ -25,6 +25,7 @@ from petune_kernels.studies.result import Files
 from petune_kernels.studies.shapes import SHAPES
 
 from . import harness, trainer_loop
+from .gate import shown
 from .harness import COMPILED, EAGER, OURS
 
 LORA = {"lora-qv": None, "lora-all": "all-linear"}  # None: PEFT's own choice for the model, query and value in BERT
@@ -114,17 +115,21 @@ def measure_case(case: Case, settings: Settings, row: harness.Row) -> Iterator[N
     yield
     if settings.compile and row["seconds"]:
         left: dict[str, str | None] = {name: None for name in own if name in row["seconds"]}
-        with harness.reported(row):
-            modes = {harness.compiled(mode): mode for mode in settings.compile}
-            time_steps(case, left | modes, batch, settings, row)
+        modes: dict[str, str | None] = {harness.compiled(mode): mode for mode in settings.compile}
+        # what fails here costs none of the times that are there
+        harness.attempt(
+            {COMPILED: left | modes}, row["refused"], lambda _, wanted: time_steps(case, wanted, batch, settings, row)
+        )
         torch.compiler.reset()
         yield
     gc.collect()
     timed = [name for name in own if name in row["seconds"]]
     if settings.trainer and timed:
-        with harness.reported(row):
-            names = [name for name in timed if name != WHOLE]
-            row["trainer"] = trainer_loop.times(case, names, settings.trainer, device, settings.layers)
+        row |= harness.attempt(
+            {"trainer": [name for name in timed if name != WHOLE]},
+            row["refused"],
+            lambda _, names: trainer_loop.times(case, names, settings.trainer, device, settings.layers),
+        )
         yield
     row["targets"] = targets(case, settings, row)
     if settings.saved:
@@ -134,12 +139,12 @@ def measure_case(case: Case, settings: Settings, row: harness.Row) -> Iterator[N
             if name in (EAGER, OURS)
         }
     if settings.memory:
-        found = harness.attempt(
+        peaks = harness.attempt(
             {name: None for name in row["seconds"] if name not in (GRAPHED, WHOLE)},
             row["refused"],
             lambda name, _: measure.fresh_process(step_memory, case, name, settings),
         )
-        row["memory"] = {name: dataclasses.asdict(peak) | {"rise": peak.rise} for name, peak in found.items()}
+        row["memory"] = {name: dataclasses.asdict(peak) | {"rise": peak.rise} for name, peak in peaks.items()}
     yield
 
 
@@ -239,9 +244,8 @@ def gate(stock: nn.Module, other: nn.Module, batch: train.Batch) -> tuple[dict[s
     rows = train.deviations(stock, other, batch)
     wrong = [row for row in rows if not row.within]
     worst = max(wrong or rows, key=lambda row: row.patched / row.bound)
-    fact = {"compared": len(rows), "dropout": "off", "worst": worst.name, "error": worst.patched, "bound": worst.bound}
-    if any(value != value for value in (worst.patched, worst.bound)):
-        fact |= {"error": str(worst.patched), "bound": str(worst.bound)}  # JSON has no NaN
+    fact = {"compared": len(rows), "dropout": "off", "worst": worst.name}
+    fact |= {"error": shown(worst.patched), "bound": shown(worst.bound)}
     reason = f"wrong: {worst.name} is {worst.patched:.1e} off float64, allowed {worst.bound:.1e}" if wrong else ""
     return fact, reason
 

@@ -126,10 +126,6 @@ def _bench_table(result: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _in_trainer(row: dict[str, Any]) -> dict[str, Any]:
-    return row.get("trainer", {}).get("speedup", {})
-
-
 def _ms(spread: dict[str, float] | None) -> str:
     return "-" if spread is None else f"{1e3 * spread['median']:.4g}"
 

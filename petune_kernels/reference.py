@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.utils._pytree import tree_leaves
 
 from .meta import no_autocast
 
@@ -24,10 +25,9 @@ def _as_written(op: Callable[..., Any]) -> Callable[..., Any]:
     """For ops with matmuls, which autocast would run in its own dtype."""
 
     @functools.wraps(op)
-    def run(first: Any, *args: Any) -> Any:
-        like = first if isinstance(first, torch.Tensor) else next(t for t in first if t is not None)
-        with no_autocast(like.device):
-            return op(first, *args)
+    def run(*args: Any) -> Any:
+        with no_autocast(next(t for t in tree_leaves(args) if isinstance(t, torch.Tensor)).device):
+            return op(*args)
 
     return run
 
@@ -267,6 +267,7 @@ def lora_adapter(y, x, a, b, bias_b, seed, p, scale):
     y.copy_(_wide(y) + _update(x, a, b, bias_b, seed, p, scale))
 
 
+@_as_written
 def lora_adapter_backward(dx, dy, x, a, b, seed, p, scale, want_da, want_db):
     share, da, db = _update_backward(dy, x, a, b, seed, p, scale, dx is not None, want_da, want_db)
     if dx is not None:

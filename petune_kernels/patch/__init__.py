@@ -288,11 +288,11 @@ def _match(module: nn.Module, call: trace.Call | None) -> tuple[Pattern | None, 
 
 
 def _backends(model: nn.Module, entries: list[Entry]) -> dict[str, str]:
-    used = {_OPS[e.pattern] for e in entries if e.pattern}
+    used, device = {_OPS[e.pattern] for e in entries if e.pattern}, _device(model)
     return {
         choice.op: choice.backend
         for choice in backends.describe()
-        if choice.op.removesuffix("_backward") in used and choice.device == _device(model)
+        if choice.op.removesuffix("_backward") in used and choice.device == device
     }
 
 

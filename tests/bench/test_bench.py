@@ -207,6 +207,40 @@ def test_a_peer_is_compiled_for_the_shape_that_is_timed(tmp_path: Path, monkeypa
     assert on_disk == [["eager", "petune"]] * 2
 
 
+@pytest.mark.parametrize("stage", ("compile", "trainer"))
+def test_what_fails_later_costs_no_time_that_is_there(stage: str, tmp_path: Path, monkeypatch) -> None:
+    def fails(*args, **options):
+        raise RuntimeError("later")
+
+    if stage == "trainer":
+        monkeypatch.setattr(trainer_loop, "times", fails)
+    else:  # in the turns, where no provider is to blame
+        monkeypatch.setattr(
+            torch.nn.Module, "compile", lambda module, **_: monkeypatch.setattr(harness, "turns", fails)
+        )
+    settings = models.Settings(
+        regimes=("layernorm",), dtypes=("float32",), batch=2, length=8, rounds=2, layers=1, saved=False,
+        compile=("default",) if stage == "compile" else (), trainer=2 if stage == "trainer" else 0,
+    )  # fmt: skip
+    (row,) = models.run(settings, Files.new(tmp_path, "models"), QUIET)["rows"]
+    assert list(row["seconds"]) == ["eager", "petune"] and row["speedup"]["petune"]
+    assert row["refused"] == {"torch.compile" if stage == "compile" else "trainer": "RuntimeError: later"}
+
+
+def test_all_parts_of_a_gpu_file_are_shown(step: dict, tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "bench" / "results").mkdir(parents=True)
+    part = {name: value for name, value in step.items() if name != "folder"}
+    share = {"share_of_floor": {"petune": 0.875}}
+    row = part["rows"][0] | share | {"backward": share, "graph": {"seconds": {"petune": {"median": 0.002}}}}
+    cut = part | {"rows": [row, harness.new_row({"n": 1})], "complete": False, "command": "python -m bench other"}
+    (tmp_path / "bench" / "results" / "2026-01-01-gpu.json").write_text(json.dumps({"parts": [part, cut]}))
+    monkeypatch.setattr(readme, "ROOT", tmp_path)
+    shown = readme.render_bench()
+    assert shown.count("| case | eager | petune |") == 2 and shown.count("Cut short by its time limit.") == 1
+    assert "| petune, CUDA graph | petune, share of floor | petune, backward alone, share |" in shown
+    assert shown.count("| 2 | 88 % | 88 % |") == 1
+
+
 def test_steps_inside_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trainer_loop, "TURNS", 2)
     settings = models.Settings(
