@@ -13,6 +13,7 @@
 #include <algorithm>
 #include <optional>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "common/ops.h"
@@ -89,6 +90,13 @@ struct Output {
 
 Shape shape_of(const Tensor& t) { return Shape(t.sizes().begin(), t.sizes().end()); }
 
+// T and H of rows [..., H].
+std::pair<int64_t, int64_t> rows_of(const Tensor& t) {
+  const int64_t H = t.dim() ? t.size(t.dim() - 1) : 0;
+  STD_TORCH_CHECK(H > 0, "petune: rows have a width");
+  return {t.numel() / H, H};
+}
+
 // An output shaped like a small parameter; `want` implies that the parameter is there.
 Output small(bool want, const MaybeTensor& like, const Tensor& otherwise) {
   STD_TORCH_CHECK(!want || like.has_value(), "petune: a gradient was asked for a parameter that is not there");
@@ -159,11 +167,12 @@ Tensor scratch(const Tensor& like, size_t bytes) {
 std::tuple<Tensor, Tensor, Tensor, Tensor> residual_norm(Tensor x, MaybeTensor bias, MaybeTensor residual,
                                                          MaybeTensor gamma, MaybeTensor beta, MaybeTensor seed,
                                                          double p, double eps, bool rms, bool want_z, bool want_xhat) {
-  const int64_t T = x.size(0), H = x.size(1);
+  const auto [T, H] = rows_of(x);
   const Small params({&bias, &gamma, &beta}, T, H);
   const Seed seeds(seed, T);
   const Launch launch(x);
-  Output y(true, x, {T, H}), z(want_z, x, {T, H}), xhat(want_xhat, x, {T, H});
+  const Shape shape = shape_of(x);
+  Output y(true, x, shape), z(want_z, x, shape), xhat(want_xhat, x, shape);
   Tensor rstd = dense(x, {T}, aoti_torch_dtype_float32());
   kernels::residual_norm({T,
                           H,
@@ -193,13 +202,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> residual_norm_backward(
     Tensor dy, MaybeTensor dz, Tensor row, Tensor rstd, MaybeTensor bias, MaybeTensor gamma, MaybeTensor beta,
     MaybeTensor seed, double p, bool rms, bool row_is_z, bool want_dresidual, bool want_dx, bool want_dbias,
     bool want_dgamma, bool want_dbeta) {
-  const int64_t T = dy.size(0), H = dy.size(1);
+  const auto [T, H] = rows_of(dy);
   const Small params({&bias, &gamma, &beta}, T, H);
   const int wanted = (want_dbias ? kSharedBias : 0) | (want_dgamma ? kSharedGamma : 0) | (want_dbeta ? kSharedBeta : 0);
   STD_TORCH_CHECK((params.shared & wanted) == 0, "petune: a parameter that replicas share has no gradient here");
   const Seed seeds(seed, T);
   const Launch launch(dy);
-  Output dresidual(want_dresidual, dy, {T, H}), dx(want_dx, dy, {T, H});
+  const Shape shape = shape_of(dy);
+  Output dresidual(want_dresidual, dy, shape), dx(want_dx, dy, shape);
   Output dbias = small(want_dbias, bias, dy), dgamma = small(want_dgamma, gamma, dy),
          dbeta = small(want_dbeta, beta, dy);
   ResidualNormBackward args{T,
@@ -231,10 +241,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> residual_norm_backward(
 }
 
 Tensor bias_act(Tensor u, MaybeTensor bias, MaybeTensor gate, int64_t act) {
-  const int64_t T = u.size(0), N = u.size(1);
+  const auto [T, N] = rows_of(u);
   const Small params({&bias}, T, N);
   const Launch launch(u);
-  Output h(true, u, {T, N});
+  const Shape shape = shape_of(u);
+  Output h(true, u, shape);
   kernels::bias_act({T, N, params.G, dtype_of(u), params.dtype, read(u), read(bias), read(gate), static_cast<Act>(act),
                      h.data(), nullptr},
                     launch.stream());
@@ -243,10 +254,11 @@ Tensor bias_act(Tensor u, MaybeTensor bias, MaybeTensor gate, int64_t act) {
 
 std::tuple<Tensor, Tensor, Tensor> bias_act_backward(Tensor dh, Tensor u, MaybeTensor bias, MaybeTensor gate,
                                                      int64_t act, bool want_du, bool want_dbias, bool want_dgate) {
-  const int64_t T = u.size(0), N = u.size(1);
+  const auto [T, N] = rows_of(u);
   const Small params({&bias}, T, N);
   const Launch launch(u);
-  Output du(want_du, u, {T, N}), dgate(want_dgate, u, {T, N});
+  const Shape shape = shape_of(u);
+  Output du(want_du, u, shape), dgate(want_dgate, u, shape);
   Output dbias = small(want_dbias, bias, u);
   BiasActBackward args{
       T,          N,          params.G, dtype_of(u),           params.dtype, read(dh),     read(u),
@@ -259,11 +271,12 @@ std::tuple<Tensor, Tensor, Tensor> bias_act_backward(Tensor dh, Tensor u, MaybeT
 }
 
 std::tuple<Tensor, Tensor> bias_act_coded(Tensor u, MaybeTensor bias, int64_t act) {
-  const int64_t T = u.size(0), N = u.size(1);
+  const auto [T, N] = rows_of(u);
   const Small params({&bias}, T, N);
   const Launch launch(u);
-  Output h(true, u, {T, N});
-  Tensor code = dense(u, {T, N}, aoti_torch_dtype_uint8());
+  const Shape shape = shape_of(u);
+  Output h(true, u, shape);
+  Tensor code = dense(u, shape, aoti_torch_dtype_uint8());
   kernels::bias_act({T, N, params.G, dtype_of(u), params.dtype, read(u), read(bias), nullptr, static_cast<Act>(act),
                      h.data(), static_cast<uint8_t*>(write(code))},
                     launch.stream());
@@ -272,12 +285,12 @@ std::tuple<Tensor, Tensor> bias_act_coded(Tensor u, MaybeTensor bias, int64_t ac
 
 std::tuple<Tensor, Tensor> bias_act_coded_backward(Tensor dh, Tensor code, MaybeTensor bias, int64_t act, bool want_du,
                                                    bool want_dbias) {
-  const int64_t T = dh.size(0), N = dh.size(1);
+  const auto [T, N] = rows_of(dh);
   STD_TORCH_CHECK(code.scalar_type() == ScalarType::Byte && shape_of(code) == shape_of(dh),
                   "petune: the code is uint8 of dh's shape");
   const Small params({&bias}, T, N);
   const Launch launch(dh);
-  Output du(want_du, dh, {T, N}), dbias = small(want_dbias, bias, dh);
+  Output du(want_du, dh, shape_of(dh)), dbias = small(want_dbias, bias, dh);
   BiasActBackward args{T,
                        N,
                        params.G,

@@ -135,11 +135,24 @@ def backend(name: str) -> Iterator[None]:
 _COMPOSED = {(device, kernel.__name__): kernel for device, kernels in matmul.KERNELS.items() for kernel in kernels}
 """(device, op) -> the Python function that is its kernel there."""
 _modes = torch._C._len_torch_dispatch_stack
+_OPS = getattr(torch.ops, schema.NAMESPACE)
 
 
 def pick(op: str, x: torch.Tensor) -> Callable[..., Any]:
     """The implementation of `op` for tensors like x, under the current `backend` choice."""
     device = x.device.type
+    if _forced is not None and (chosen := _chosen(op, x, device)) is not None:
+        return chosen
+    if device in COMPILED_DTYPES and x.dtype not in COMPILED_DTYPES[device]:
+        return getattr(reference, op)  # float64: compiled kernels accumulate in float32
+    own = _COMPOSED.get((device, op))
+    if own is not None and type(x) is torch.Tensor and not (torch.compiler.is_compiling() or _modes()):
+        return own  # without a way through the dispatcher and back into Python
+    return getattr(_OPS, op)
+
+
+def _chosen(op: str, x: torch.Tensor, device: str) -> Callable[..., Any] | None:
+    """What `backend` asks for where it is not what this device takes anyway."""
     if _forced == "reference":
         return getattr(reference, op)
     if _forced == "triton":
@@ -150,15 +163,9 @@ def pick(op: str, x: torch.Tensor) -> Callable[..., Any]:
         if x.dtype not in COMPILED_DTYPES["cuda"] or not (device == "cuda" or interpreted):
             raise BackendError(f"backend 'triton' has no kernel for {op} on {device} in {x.dtype}")
         return launcher
-    served = x.dtype in COMPILED_DTYPES.get(device, ())
-    if _forced is not None and not (device == _forced and served and _has_kernel(op, device)):
+    if not (device == _forced and x.dtype in COMPILED_DTYPES[device] and _has_kernel(op, device)):
         raise BackendError(f"backend {_forced!r} has no kernel for {op} on {device} in {x.dtype}")
-    if device in COMPILED_DTYPES and not served:
-        return getattr(reference, op)  # float64: compiled kernels accumulate in float32
-    own = _COMPOSED.get((device, op))
-    if own is not None and type(x) is torch.Tensor and not (torch.compiler.is_compiling() or _modes()):
-        return own  # without a way through the dispatcher and back into Python
-    return getattr(getattr(torch.ops, schema.NAMESPACE), op)
+    return None
 
 
 def composed(op: str, device: str) -> Callable[..., Any] | None:

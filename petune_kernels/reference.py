@@ -48,10 +48,20 @@ def _rows(param: torch.Tensor | None, T: int) -> torch.Tensor | float:
     return param if param.dim() == 1 else param.repeat_interleave(T // param.shape[0], 0)
 
 
+def _flat(x: torch.Tensor | None) -> torch.Tensor | None:
+    """[..., H] as rows [T, H]."""
+    return None if x is None else x.reshape(-1, x.shape[-1])
+
+
+def _shaped(rows: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """Rows [T, H] as [..., H], and not as a view: a Function's views may not be changed in place."""
+    return torch.ops.aten._unsafe_view.default(rows, shape)
+
+
 def _sum_rows(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Sum [T, H] over the rows of each replica, into the shape and dtype of the small parameter `like`."""
+    """Sum [.., H] over the rows of each replica, into the shape and dtype of the small parameter `like`."""
     G = 1 if like.dim() == 1 else like.shape[0]
-    return x.reshape(G, -1, x.shape[1]).sum(1).reshape(like.shape).to(like.dtype)
+    return x.reshape(G, -1, x.shape[-1]).sum(1).reshape(like.shape).to(like.dtype)
 
 
 def _mulhilo(a: int, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -96,6 +106,7 @@ def _drop(x: torch.Tensor, seed: torch.Tensor | None, p: float) -> torch.Tensor:
 
 
 def residual_norm(x, bias, residual, gamma, beta, seed, p, eps, rms, want_z, want_xhat):
+    shape, x, residual = x.shape, _flat(x), _flat(residual)
     T = x.shape[0]
     z = _drop(_wide(x) + _rows(bias, T), seed, p)
     if residual is not None:
@@ -104,15 +115,17 @@ def residual_norm(x, bias, residual, gamma, beta, seed, p, eps, rms, want_z, wan
     rstd = (centred.square().mean(1) + eps).rsqrt()
     xhat = centred * rstd[:, None]
     y = xhat if gamma is None else xhat * _rows(gamma, T)
-    y = (y + _rows(beta, T)).to(x.dtype)
+    y = _shaped((y + _rows(beta, T)).to(x.dtype), shape)
     # a result may be x itself (nothing to do in z): an op must not return its input
-    return y, z.to(x.dtype, copy=True) if want_z else _nothing(x), xhat.to(x.dtype) if want_xhat else _nothing(x), rstd
+    z = _shaped(z.to(x.dtype, copy=True), shape) if want_z else _nothing(x)
+    return y, z, _shaped(xhat.to(x.dtype), shape) if want_xhat else _nothing(x), rstd
 
 
 def residual_norm_backward(
     dy, dz, row, rstd, bias, gamma, beta, seed, p, rms, row_is_z, want_dresidual, want_dx, want_dbias, want_dgamma,
     want_dbeta,
 ):  # fmt: skip
+    shape, dy, dz, row = dy.shape, _flat(dy), _flat(dz), _flat(row)
     T = dy.shape[0]
     wide_dy, xhat = _wide(dy), _wide(row)
     if row_is_z:
@@ -126,8 +139,8 @@ def residual_norm_backward(
         d = d + _wide(dz)
     dropped = _drop(d, seed, p)
     return (
-        d.to(dy.dtype) if want_dresidual else _nothing(dy),
-        dropped.to(dy.dtype, copy=True) if want_dx else _nothing(dy),
+        _shaped(d.to(dy.dtype), shape) if want_dresidual else _nothing(dy),
+        _shaped(dropped.to(dy.dtype, copy=True), shape) if want_dx else _nothing(dy),
         _sum_rows(dropped, bias) if want_dbias else _nothing(dy),
         _sum_rows(wide_dy * xhat, gamma) if want_dgamma else _nothing(dy),
         _sum_rows(wide_dy, beta) if want_dbeta else _nothing(dy),
@@ -152,15 +165,20 @@ def _activate_grad(u: torch.Tensor, act: int) -> torch.Tensor:
     return s * (1.0 + u * (1.0 - s))
 
 
+def _biased(u, bias):
+    flat = _flat(_wide(u))
+    return _shaped(flat + _rows(bias, flat.shape[0]), u.shape)
+
+
 def bias_act(u, bias, gate, act):
-    h = _activate(_wide(u) + _rows(bias, u.shape[0]), act)
+    h = _activate(_biased(u, bias), act)
     if gate is not None:
         h = h * _wide(gate)
     return h.to(u.dtype)
 
 
 def bias_act_backward(dh, u, bias, gate, act, want_du, want_dbias, want_dgate):
-    wide_dh, v = _wide(dh), _wide(u) + _rows(bias, u.shape[0])
+    wide_dh, v = _wide(dh), _biased(u, bias)
     du = (wide_dh if gate is None else wide_dh * _wide(gate)) * _activate_grad(v, act)
     return (
         du.to(u.dtype) if want_du else _nothing(u),
@@ -182,7 +200,7 @@ SLOPE_CODES = (_gelu, _gelu_tanh, (0.0, 1.0), _silu)
 
 
 def bias_act_coded(u, bias, act):
-    v = _wide(u) + _rows(bias, u.shape[0])
+    v = _biased(u, bias)
     lo, step = SLOPE_CODES[act]
     code = ((_activate_grad(v, act) - lo) / step).round().clamp(0, 255).nan_to_num(0.0)
     return _activate(v, act).to(u.dtype), code.to(torch.uint8)

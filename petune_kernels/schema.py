@@ -1,7 +1,8 @@
 """Every op of the library: its schema and its fake (meta) implementation. Read this file first.
 
 Shapes: T rows (tokens), H width, N features, G replicas, B batch, h heads, S query and K key positions, D head width.
-Small parameters (gamma, beta, bias) are [H] (one replica) or [G, H]; rows are replica-major, so replica g owns rows
+Rows are [T, H]; in `residual_norm` and `bias_act` [..., H], and what is like them has their shape. Small parameters
+(gamma, beta, bias) are [H] (one replica) or [G, H]; rows are replica-major, so replica g owns rows
 g*T/G to (g+1)*T/G. In `residual_norm` [H] may stand beside [G, H]: all replicas share it, and it gets no gradient.
 `seed` is an int64 tensor of 1 or G elements on x's device; None means no dropout. The fixed arity is deliberate: an
 output nobody asked for is an empty tensor of shape [0].
@@ -74,7 +75,7 @@ def _nothing(x: torch.Tensor) -> torch.Tensor:
 def _residual_norm(x, bias, residual, gamma, beta, seed, p, eps, rms, want_z, want_xhat):
     z = x.new_empty(x.shape) if want_z else _nothing(x)
     xhat = x.new_empty(x.shape) if want_xhat else _nothing(x)
-    return x.new_empty(x.shape), z, xhat, x.new_empty([x.shape[0]], dtype=accumulator(x.dtype))
+    return x.new_empty(x.shape), z, xhat, x.new_empty([x.numel() // x.shape[-1]], dtype=accumulator(x.dtype))
 
 
 def _residual_norm_backward(

@@ -17,6 +17,46 @@ _Given = TypeVar("_Given", torch.Tensor, torch.Tensor | None)
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
+def usual(x: torch.Tensor, alike: tuple[torch.Tensor | None, ...], small: tuple[torch.Tensor | None, ...]) -> bool:
+    """Whether nothing is to be said or converted: dense x, others like it, vectors of its width, one dtype and device.
+
+    What a call costs before its kernel: a model makes this one, and only what it does not pass is looked at one by one.
+    """
+    if not isinstance(x, torch.Tensor) or x.dtype not in FLOATS or not x.dim() or not x.is_contiguous():
+        return False
+    shape, dtype, device = x.shape, x.dtype, x.device
+    if not shape[-1]:
+        return False
+    for t in alike:
+        if t is not None and not (
+            isinstance(t, torch.Tensor)
+            and t.shape == shape and t.dtype == dtype and t.device == device and t.is_contiguous()
+        ):  # fmt: skip
+            return False
+    for t in small:
+        if t is not None and not (
+            isinstance(t, torch.Tensor)
+            and t.dim() == 1 and t.shape[0] == shape[-1] and t.dtype == dtype and t.device == device
+            and t.is_contiguous()
+        ):  # fmt: skip
+            return False
+    return True
+
+
+def tracked(*tensors: torch.Tensor | None) -> bool:
+    """Whether autograd records an op of these."""
+    if torch.is_grad_enabled():
+        for t in tensors:
+            if t is not None and t.requires_grad:
+                return True
+    return False
+
+
+def replicas(*params: torch.Tensor | None) -> int:
+    """The G of checked parameters [H] or [G, H]."""
+    return max((t.shape[0] for t in params if t is not None and t.dim() == 2), default=1)
+
+
 def floating(op: str, **tensors: torch.Tensor | None) -> None:
     for name, t in tensors.items():
         if t is None:
@@ -110,7 +150,7 @@ def as_rows(x: _Given) -> _Given:
 
 def in_shape(rows: torch.Tensor, lead: torch.Size) -> torch.Tensor:
     """Fresh [T, N] as [*lead, N], and not as a view of it: a Function's views may not be changed in place."""
-    return rows if len(lead) == 1 else torch.ops.aten._unsafe_view.default(rows, (*lead, rows.shape[-1]))
+    return rows if len(lead) == 1 else rows.view(*lead, rows.shape[-1]).detach()
 
 
 def one_dtype(x: torch.Tensor, *params: torch.Tensor | None) -> list[torch.Tensor | None]:

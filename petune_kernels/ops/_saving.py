@@ -35,11 +35,14 @@ _RECIPE = "_petune_recipe"
 class Recipe:
     """A tensor as make(*parts). A part is a tensor or None, which is kept, or another recipe. `make` holds none."""
 
+    __slots__ = ("make", "parts", "count", "framed")
+
     def __init__(self, make: Callable[..., Any], *parts: Item) -> None:
-        self.make, self.parts = make, parts
-        inner = [part for part in parts if isinstance(part, Recipe)]
-        self.count: int = len(parts) - len(inner) + sum(part.count for part in inner)
-        self.framed: bool = any(part.framed for part in inner)
+        self.make, self.parts, self.count, self.framed = make, parts, len(parts), False
+        for part in parts:
+            if isinstance(part, Recipe):
+                self.count += part.count - 1
+                self.framed |= part.framed
 
     def leaves(self) -> Iterator[Tensor | None]:
         for part in self.parts:
@@ -66,6 +69,8 @@ Item = Tensor | Recipe | None
 class Slot(Recipe):
     """Tensor `index` of what an op leaves at `place` when its frame runs again, from the frame's inputs."""
 
+    __slots__ = ("frame", "place", "index")
+
     def __init__(self, frame: Frame, place: int, index: int, inputs: Recipe) -> None:
         super().__init__(frame.fetch, inputs)
         self.frame, self.place, self.index, self.framed = frame, place, index, True
@@ -83,6 +88,13 @@ class Slot(Recipe):
 
 def save(ctx: Any, *items: Item) -> None:
     """save_for_backward for tensors, None and recipes; `load` gives them back in the same order."""
+    for item in items:
+        if isinstance(item, Recipe):
+            break
+    else:
+        ctx.save_for_backward(*items)
+        ctx.bare = None
+        return
     kept: list[Tensor | None] = []
     bare: list[Recipe | None] = []
     for item in items:
@@ -93,7 +105,7 @@ def save(ctx: Any, *items: Item) -> None:
             kept.append(item)
             bare.append(None)
     ctx.save_for_backward(*kept)
-    ctx.bare = bare if any(bare) else None
+    ctx.bare = bare
 
 
 def load(ctx: Any) -> Sequence[Any]:
@@ -115,7 +127,7 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def describe(t: Tensor, recipe: Recipe) -> None:
-    """Says how t, just made, can be made again, as rows. Forgotten as soon as t is changed in place."""
+    """Says how t, just made, can be made again. Forgotten as soon as t is changed in place."""
     if not torch.compiler.is_compiling():
         _owner(t).__dict__[_RECIPE] = (recipe, t._version)
 
@@ -128,14 +140,14 @@ def small(t: Tensor | None) -> Tensor | None:
 
 
 def known(t: Tensor) -> Item:
-    """The recipe of t, in its shape, also where t is a view of what was described; t itself if it has none."""
+    """The recipe of t, also where t is a view of what was described; t itself if it has none."""
     if torch.compiler.is_compiling():
         return t
     owner = _owner(t)
     recipe, version = owner.__dict__.get(_RECIPE, (None, 0))
     if recipe is None or version != owner._version:
         return t
-    if owner is t and t.dim() == 2:
+    if owner is t:
         return recipe
     size, stride, offset = t.size(), t.stride(), t.storage_offset()
     return Recipe(lambda made: made.as_strided(size, stride, offset), recipe)

@@ -50,7 +50,7 @@ class BiasAct(torch.autograd.Function):
         kept_u, kept_gate = place.slots(2) if place else (u, gate)
         saving.save(ctx, kept_u, bias, kept_gate)
         ctx.act = act
-        h = check.in_shape(_again(act, u, bias, gate), u.shape[:-1])
+        h = _again(act, u, bias, gate)
         saving.describe(h, saving.Recipe(partial(_again, act), kept_u, saving.small(bias), kept_gate))
         return h
 
@@ -58,16 +58,11 @@ class BiasAct(torch.autograd.Function):
     @saving.once_differentiable
     def backward(ctx: Any, dh: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         u, bias, gate = saving.load(ctx)
-        wants, lead = ctx.needs_input_grad[:3], dh.shape[:-1]
-        dh, u, gate = check.as_rows(check.dense(dh)), check.as_rows(u), check.as_rows(gate)
-        du, dbias, dgate = pick("bias_act_backward", u)(dh, u, bias, gate, ctx.act, *wants)
-        return (
-            check.in_shape(du, lead) if wants[0] else None,
-            dbias if wants[1] else None,
-            check.in_shape(dgate, lead) if wants[2] else None,
-            None,
-            None,
+        want_u, want_bias, want_gate = ctx.needs_input_grad[:3]
+        du, dbias, dgate = pick("bias_act_backward", u)(
+            check.dense(dh), u, bias, gate, ctx.act, want_u, want_bias, want_gate
         )
+        return du if want_u else None, dbias if want_bias else None, dgate if want_gate else None, None, None
 
 
 class BiasActCoded(torch.autograd.Function):
@@ -75,24 +70,22 @@ class BiasActCoded(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, u: Tensor, bias: Tensor | None, act: int) -> Tensor:
-        h, code = pick("bias_act_coded", u)(check.as_rows(u), bias, act)
+        h, code = pick("bias_act_coded", u)(u, bias, act)
         ctx.save_for_backward(code, bias)
         ctx.act = act
-        return check.in_shape(h, u.shape[:-1])
+        return h
 
     @staticmethod
     @saving.once_differentiable
     def backward(ctx: Any, dh: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         code, bias = ctx.saved_tensors
-        wants, lead = ctx.needs_input_grad[:2], dh.shape[:-1]
-        dh = check.as_rows(check.dense(dh))
-        du, dbias = pick("bias_act_coded_backward", dh)(dh, code, bias, ctx.act, *wants)
-        return check.in_shape(du, lead) if wants[0] else None, dbias if wants[1] else None, None
+        want_u, want_bias = ctx.needs_input_grad[:2]
+        du, dbias = pick("bias_act_coded_backward", dh)(check.dense(dh), code, bias, ctx.act, want_u, want_bias)
+        return du if want_u else None, dbias if want_bias else None, None
 
 
 def _again(act: int, u: Tensor, bias: Tensor | None, gate: Tensor | None) -> Tensor:
-    """h as rows."""
-    return pick("bias_act", u)(check.as_rows(u), bias, check.as_rows(gate), act)
+    return pick("bias_act", u)(u, bias, gate, act)
 
 
 def bias_act(
@@ -116,24 +109,25 @@ def bias_act(
         TypeError, ValueError: naming the argument, what was given and what is accepted.
     """
     op = "bias_act"
-    check.floating(op, u=u, bias=bias, gate=gate)
-    check.same_device(op, u, bias=bias, gate=gate)
+    if not check.usual(u, (gate,), (bias,)):
+        check.floating(op, u=u, bias=bias, gate=gate)
+        check.same_device(op, u, bias=bias, gate=gate)
+        T, N = check.rows(op, "u", u)
+        check.same_shape(op, u, gate=gate)
+        check.small(op, T, N, bias=bias)
+        if gate is not None and gate.dtype != u.dtype:
+            dtype = torch.promote_types(u.dtype, gate.dtype)
+            u, gate = u.to(dtype), gate.to(dtype)
+        (bias,) = check.one_dtype(u, bias)
+        u, gate = check.dense(u), check.dense(gate)
     if act not in ACTIVATIONS:
         raise ValueError(f"{op}: act is {act!r}; accepted are {', '.join(ACTIVATIONS)}")
-    T, N = check.rows(op, "u", u)
-    check.same_shape(op, u, gate=gate)
-    check.small(op, T, N, bias=bias)
-    if gate is not None and gate.dtype != u.dtype:
-        dtype = torch.promote_types(u.dtype, gate.dtype)
-        u, gate = u.to(dtype), gate.to(dtype)
-    (bias,) = check.one_dtype(u, bias)
     index = ACTIVATIONS.index(act)
-    u, gate = check.dense(u), check.dense(gate)
     place = saving.place()
     if place:
         place.leave(u, gate)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (u, bias, gate)):
+    if check.tracked(u, bias, gate):
         if coded and gate is None and place is None and u.dtype in (torch.bfloat16, torch.float16):
             return BiasActCoded.apply(u, bias, index)
         return BiasAct.apply(u, bias, gate, index, place)
-    return check.in_shape(_again(index, u, bias, gate), u.shape[:-1])
+    return _again(index, u, bias, gate)

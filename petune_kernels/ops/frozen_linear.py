@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import matmul
+from .. import matmul, meta
 from .packed_linear import packed_linear
 
 
@@ -31,6 +31,20 @@ def frozen_linear(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
     return packed_linear(x, (w,), (b,), op="frozen_linear")[0]
 
 
-def faster(x: Tensor, w: Tensor) -> bool:
-    """Whether the op's matmul is faster than torch's linear where nothing trains; a compiler chooses for itself."""
-    return x.dtype == torch.float32 and matmul.onednn_pays(x, w) and not torch.compiler.is_compiling()
+_OP_FROM = {"cpu": 1 << 24, "cuda": 1 << 32}
+"""Multiplications from which the op can be faster. CPU: below, its call costs more than its matmul gains
+(docs/decisions.md, "What a call costs"). CUDA, not measured: below, a training step waits for its launches."""
+_NEVER_BELOW = min(_OP_FROM.values())
+
+
+def faster(x: Tensor, w: Tensor, b: Tensor | None = None) -> bool:
+    """Whether the op is faster than torch's linear while w is frozen; a compiler chooses for itself."""
+    work = x.numel() * w.shape[0]
+    if work < _NEVER_BELOW or torch.compiler.is_compiling():
+        return False
+    kind = meta.kind(x.device)
+    if work < _OP_FROM[kind]:
+        return False
+    if kind == "cuda":
+        return b is not None and b.requires_grad
+    return w.numel() >= 1 << 17 and x.dtype == torch.float32 and matmul.onednn_pays(x, w)

@@ -26,7 +26,7 @@ on: nowhere yet, since on a CPU nothing is gained and on a GPU nothing is measur
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,53 +47,89 @@ N = 384, 31.2 and 31.9 ms at N = 1536: no gain beyond the noise, and x A^T moves
 """
 
 
+class Projection(NamedTuple):
+    """y = x w^T + bias + scale (dropout_p(x) a^T b^T + bias_b): the arguments of `lora_linear` for one projection.
+
+    w [N, K], bias [N], a [r, K], b [N, r], bias_b [N], or with a replica axis; None where absent. p is 0 outside
+    training.
+    """
+
+    w: Tensor
+    bias: Tensor | None = None
+    a: Tensor | None = None
+    b: Tensor | None = None
+    bias_b: Tensor | None = None
+    scale: float = 1.0
+    p: float = 0.0
+
+    def takes(self, x: Tensor) -> bool:
+        """Whether `lora_linear` serves x: one dtype for x and w, that or float32 for the others; any in autocast."""
+        w, bias, a, b, bias_b, _, _ = self
+        if check.autocast_dtype(x) is not None:
+            return torch.float64 not in {x.dtype, *(t.dtype for t in (w, bias, a, b, bias_b) if t is not None)}
+        if x.dtype != w.dtype or (bias is not None and not _beside(bias, x.dtype)):
+            return False
+        if a is None or b is None:
+            return True
+        return _beside(a, x.dtype) and a.dtype == b.dtype == (b if bias_b is None else bias_b).dtype
+
+
+def _beside(t: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a small parameter may stand beside rows of this dtype."""
+    return t.dtype == dtype or (t.dtype == torch.float32 and dtype != torch.float64)
+
+
 class LoraLinear(torch.autograd.Function):
-    """apply(x, p, scale, groups, merged, *w, *bias, *a, *b, *bias_b, *seed): n entries of each, None where absent."""
+    """apply(x, (p, scale, groups, merged), *(w, bias, a, b, bias_b, seed for each projection)); None where absent."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, p: tuple, scale: tuple, groups: int, merged: bool, *tensors: Any) -> Any:
-        n = len(p)
-        w, bias, a, b, bias_b, seed = (list(tensors[i * n : (i + 1) * n]) for i in range(6))
-        y = pick("lora_linear", x)(
-            check.as_rows(x), _cast(w, x.dtype), bias, a, b, bias_b, seed, list(p), list(scale), merged
-        )
-        need = ctx.needs_input_grad[5:]
-        need_x = any(need[:n]) or any(need[2 * n : 4 * n])  # W, A, B
-        saving.save(ctx, saving.known(x) if need_x else None, *w, *bias, *a, *b, *bias_b, *seed)
+    def forward(ctx: Any, x: Tensor, how: tuple[tuple, tuple, int, bool], *tensors: Any) -> Any:
+        p, scale, groups, merged = how
+        w, bias, a, b, bias_b, seed = _by_role(tensors)
+        y = pick("lora_linear", x)(check.as_rows(x), _cast(w, x.dtype), bias, a, b, bias_b, seed, p, scale, merged)
+        want_w, _, want_a, want_b, _, _ = _by_role(ctx.needs_input_grad[2:])
+        need_x = any(want_w) or any(want_a) or any(want_b)
+        saving.save(ctx, saving.known(x) if need_x else None, *tensors)
         ctx.p, ctx.scale, ctx.groups = p, scale, groups
         ctx.set_materialize_grads(False)
-        return tuple(check.in_shape(one, x.shape[:-1]) for one in y)
+        lead = x.shape[:-1]
+        return tuple([check.in_shape(one, lead) for one in y])
 
     @staticmethod
     @saving.once_differentiable
     def backward(ctx: Any, *dy: Tensor | None) -> Any:
-        n = len(ctx.p)
+        p, scale = ctx.p, ctx.scale
         x, *saved = saving.load(ctx)
-        w, bias, a, b, bias_b, seed = (list(saved[i * n : (i + 1) * n]) for i in range(6))
+        w, bias, a, b, bias_b, seed = _by_role(saved)
+        grads: list[Any] = [None] * len(saved)
         like = next((d for d in dy if d is not None), None)
         if like is None:
-            return (None,) * (5 + 6 * n)
-        need = ctx.needs_input_grad[5:]
-        want_w, want_bias, want_a, want_b, want_bias_b = (list(need[i * n : (i + 1) * n]) for i in range(5))
+            return (None, None, *grads)
+        want_x, _, *need = ctx.needs_input_grad
+        want_w, want_bias, want_a, want_b, want_bias_b, _ = _by_role(need)
         want_dsum = [i or j for i, j in zip(want_bias, want_bias_b, strict=True)]
         rows = [check.as_rows(check.dense(d)) for d in dy]
         x = check.as_rows(x)
         dx, da, db, dsum = pick("lora_linear_backward", like)(
-            rows, x, _cast(w, like.dtype), a, b, seed, list(ctx.p), list(ctx.scale), ctx.groups,
-            ctx.needs_input_grad[0], want_a, want_b, want_dsum,
+            rows, x, _cast(w, like.dtype), a, b, seed, p, scale, ctx.groups, want_x, want_a, want_b, want_dsum,
         )  # fmt: skip
-        dw, dbias, dbias_b = ([None] * n for _ in range(3))  # type: tuple[list[Any], list[Any], list[Any]]
-        for i in range(n):
+        for i, at in enumerate(range(0, len(saved), 6)):
             if want_w[i] and rows[i] is not None:
-                dw[i] = (rows[i].T @ x).to(w[i].dtype)  # type: ignore
+                grads[at] = (rows[i].T @ x).to(w[i].dtype)  # type: ignore
             if want_bias[i]:
-                dbias[i] = bias_gradient(dsum[i], bias[i])
+                grads[at + 1] = bias_gradient(dsum[i], bias[i])
+            if want_a[i]:
+                grads[at + 2] = da[i]
+            if want_b[i]:
+                grads[at + 3] = db[i]
             if want_bias_b[i]:
-                dbias_b[i] = bias_gradient(dsum[i] * ctx.scale[i], bias_b[i])
-        da = [g if wanted else None for g, wanted in zip(da, want_a, strict=True)]
-        db = [g if wanted else None for g, wanted in zip(db, want_b, strict=True)]
-        return (check.in_shape(dx, like.shape[:-1]) if ctx.needs_input_grad[0] else None, *(None,) * 4,
-                *dw, *dbias, *da, *db, *dbias_b, *(None,) * n)  # fmt: skip
+                grads[at + 4] = bias_gradient(dsum[i] * scale[i], bias_b[i])
+        return (check.in_shape(dx, like.shape[:-1]) if want_x else None, None, *grads)
+
+
+def _by_role(values: Sequence[Any]) -> list[list[Any]]:
+    """One list a role (w, bias, a, b, bias_b, seed) from what stands projection by projection."""
+    return [list(values[role::6]) for role in range(6)]
 
 
 def _cast(w: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
@@ -145,7 +181,7 @@ def projections(
 
 def _adapter_dtype(op: str, x: Tensor, **tensors: Tensor | None) -> None:
     for name, t in tensors.items():
-        if t is not None and t.dtype != x.dtype and (t.dtype != torch.float32 or x.dtype == torch.float64):
+        if t is not None and not _beside(t, x.dtype):
             also = "" if x.dtype in (torch.float32, torch.float64) else " or float32"
             raise TypeError(f"{op}: {name} is {t.dtype}; accepted is x's {x.dtype}{also}")
 
@@ -180,6 +216,52 @@ def _adapter(
             f"{op}: bias_b[{i}] has shape {tuple(bias_b.shape)}; beside b[{i}] it must be {(*a.shape[:-2], N)}"
         )
     return 1 if a.dim() == 2 else a.shape[0]
+
+
+def _replicas(op: str, x: Tensor, its: list[Projection], *, autocast: bool) -> int:
+    """Checks x and every projection; returns their G."""
+    T, K, G = projections(op, x, [it.w for it in its], [it.bias for it in its], autocast=autocast)
+    for i, it in enumerate(its):
+        g = _adapter(op, i, x, it.w.shape[0], it.a, it.b, it.bias_b)
+        if g is not None and g > 1:
+            if G not in (1, g) or T % g:
+                raise ValueError(
+                    f"{op}: a[{i}] has {g} replicas; they must divide the {T} rows of x and agree with the others' {G}"
+                )
+            G = g
+    for i, it in enumerate(its):
+        if it.a is not None and G != (1 if it.a.dim() == 2 else it.a.shape[0]):
+            raise ValueError(f"{op}: a[{i}] has shape {tuple(it.a.shape)}; another parameter has {G} replicas")
+    return G
+
+
+def usual(x: Tensor, it: Projection) -> bool:
+    """Whether `_replicas` has nothing to say: one replica, x's dtype (or float32 in the factors), x's device.
+
+    As `check.usual`: it costs less than a small matmul, which the checks one by one do not.
+    """
+    w, bias, a, b, bias_b, _, _ = it
+    if not isinstance(w, Tensor) or w.dim() != 2:
+        return False
+    if not all([t is None or isinstance(t, Tensor) for t in (bias, a, b, bias_b)]):
+        return False
+    (N, K), dtype, device = w.shape, x.dtype, x.device
+    if x.shape[-1] != K or not N or not K or w.dtype != dtype or w.device != device:
+        return False
+    if bias is not None and not (bias.shape == (N,) and bias.dtype == dtype and bias.device == device):
+        return False
+    if a is None or b is None:
+        return a is b is bias_b
+    r = a.shape[0] if a.dim() == 2 else 0
+    if not r or a.shape[1] != K or b.shape != (N, r) or not _beside(a, dtype) or b.dtype != a.dtype:
+        return False
+    if a.device != device or b.device != device:
+        return False
+    return bias_b is None or (bias_b.shape == (N,) and bias_b.dtype == a.dtype and bias_b.device == device)
+
+
+def are_rows(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.dtype in check.FLOATS and x.dim() > 0
 
 
 def choose_path(path: str, x: Tensor, T: int, G: int, p: Sequence[float]) -> bool:
@@ -249,31 +331,36 @@ def lora_linear(
         biases, as_, bs, bias_bs = (
             [None if t is None else t.to(dtype) for t in ts] for ts in (biases, as_, bs, bias_bs)
         )
-    T, K, G = projections(op, x, ws, biases, autocast=dtype is not None)
-    for i in range(n):
-        check.probability(op, ps[i])
-        g = _adapter(op, i, x, ws[i].shape[0], as_[i], bs[i], bias_bs[i])
-        if g is not None and g > 1:
-            if G not in (1, g) or T % g:
-                raise ValueError(
-                    f"{op}: a[{i}] has {g} replicas; they must divide the {T} rows of x and agree with the others' {G}"
-                )
-            G = g
-    unseeded = []
-    for i in range(n):
-        if as_[i] is not None and G != (1 if as_[i].dim() == 2 else as_[i].shape[0]):
-            raise ValueError(f"{op}: a[{i}] has shape {tuple(as_[i].shape)}; another parameter has {G} replicas")
-        check.seeds(op, seeds[i], T, G, x.device)
-        if ps[i] == 0.0 or as_[i] is None:
-            seeds[i] = None
-        elif seeds[i] is None:
-            unseeded.append(i)
-    if unseeded:
-        for i, seed_i in zip(unseeded, new_seeds(len(unseeded), x.device, G), strict=True):
-            seeds[i] = seed_i
-    ps = [float(q) if s is not None else 0.0 for q, s in zip(ps, seeds, strict=True)]
-    merged = choose_path(path, x, T, G, ps)
-    y = LoraLinear.apply(
-        check.dense(x), tuple(ps), tuple(float(s) for s in scales), G, merged, *ws, *biases, *as_, *bs, *bias_bs, *seeds
-    )
+    its = [Projection(*column) for column in zip(ws, biases, as_, bs, bias_bs, scales, ps, strict=True)]
+    G = 1
+    if not (are_rows(x) and all(usual(x, it) for it in its)):
+        G = _replicas(op, x, its, autocast=dtype is not None)
+    for one_seed, one_p in zip(seeds, ps, strict=True):
+        check.probability(op, one_p)
+        check.seeds(op, one_seed, x.numel() // x.shape[-1], G, x.device)
+    y = _run(x, its, seeds, G, path)
     return y[0] if single else y
+
+
+def project(x: Tensor, its: Sequence[Projection]) -> tuple[Tensor, ...]:
+    """`lora_linear` of projections that share x, for who has them in this form."""
+    if are_rows(x) and check.autocast_dtype(x) is None and all([usual(x, it) for it in its]):
+        return _run(x, its, [None] * len(its), 1, "auto")
+    w, bias, a, b, bias_b, scale, p = map(list, zip(*its, strict=True))
+    return lora_linear(x, w, bias, a, b, bias_b=bias_b, scale=scale, p=p)
+
+
+def _run(x: Tensor, its: Sequence[Projection], seeds: list[Tensor | None], G: int, path: str) -> tuple[Tensor, ...]:
+    """What has been checked. `seeds`: None where one is to be drawn."""
+    drops = [it.p != 0.0 and it.a is not None for it in its]
+    unseeded = [i for i, seed in enumerate(seeds) if seed is None and drops[i]]
+    if unseeded:
+        seeds = list(seeds)
+        for i, drawn in zip(unseeded, new_seeds(len(unseeded), x.device, G), strict=True):
+            seeds[i] = drawn
+    p = tuple([float(it.p) if drop else 0.0 for it, drop in zip(its, drops, strict=True)])
+    tensors: list[Tensor | None] = []
+    for it, seed, drop in zip(its, seeds, drops, strict=True):
+        tensors += (*it[:5], seed if drop else None)
+    merged = choose_path(path, x, x.numel() // x.shape[-1], G, p)
+    return LoraLinear.apply(check.dense(x), (p, tuple([float(it.scale) for it in its]), G, merged), *tensors)

@@ -24,7 +24,7 @@ from .. import matmul
 from ..backends import pick
 from . import _checks as check
 from . import _saving as saving
-from .lora_linear import as_list, bias_gradient, projections
+from .lora_linear import Projection, are_rows, as_list, bias_gradient, projections, usual
 
 
 class PackedLinear(torch.autograd.Function):
@@ -84,7 +84,9 @@ def packed_linear(
     dtype = check.autocast_dtype(x) if isinstance(x, Tensor) else None
     if dtype is not None:
         x, biases = x.to(dtype), [None if c is None else c.to(dtype) for c in biases]
-    T, K, G = projections(op, x, ws, biases, autocast=dtype is not None)
+    G = 1
+    if not (are_rows(x) and all([usual(x, Projection(m, c)) for m, c in zip(ws, biases, strict=True)])):
+        _, _, G = projections(op, x, ws, biases, autocast=dtype is not None)
     if len({c.dtype for c in biases if c is not None}) > 1:
         raise TypeError(f"{op}: the biases have several dtypes; accepted is one, {x.dtype} or float32")
     y = PackedLinear.apply(check.dense(x), len(ws), G, *ws, *biases)

@@ -49,13 +49,10 @@ class ResidualNorm(torch.autograd.Function):
         gamma: Tensor | None,
         beta: Tensor | None,
         seed: Tensor | None,
-        p: float,
-        eps: float,
-        rms: bool,
-        want_z: bool,
+        how: tuple[float, float, bool, bool],
         place: saving.Place | None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        lead, x, residual = x.shape[:-1], check.as_rows(x), check.as_rows(residual)
+        p, eps, rms, want_z = how
         keep_z = want_z or is_z(bias, residual, seed)
         y, z, xhat, rstd = pick("residual_norm", x)(
             x, bias, residual, gamma, beta, seed, p, eps, rms, want_z, not keep_z
@@ -64,12 +61,11 @@ class ResidualNorm(torch.autograd.Function):
         if place:
             row, rstd = place.slots(2)
         saving.save(ctx, row, rstd, bias, gamma, beta, seed)
-        y = check.in_shape(y, lead)
         again = partial(_normed_again, eps, rms) if keep_z else _affine
         saving.describe(y, saving.Recipe(again, row, saving.small(gamma), saving.small(beta)))
         ctx.p, ctx.rms, ctx.row_is_z = p, rms, keep_z
         ctx.set_materialize_grads(False)
-        return (y, check.in_shape(z, lead)) if want_z else y
+        return (y, z) if want_z else y
 
     @staticmethod
     @saving.once_differentiable
@@ -78,25 +74,25 @@ class ResidualNorm(torch.autograd.Function):
         want_x, want_bias, want_residual, want_gamma, want_beta = ctx.needs_input_grad[:5]
         if dy is None:
             if dz is None:
-                return (None,) * 11
+                return (None,) * 8
             dy = torch.zeros_like(dz)
-        lead, dy = dy.shape[:-1], check.as_rows(check.dense(dy))
-        dz = check.as_rows(check.dense(dz))
+        dy, dz = check.dense(dy), check.dense(dz)
         # without dropout dx is dresidual: one tensor, written once
         want_dx = want_x and seed is not None
+        want_dresidual = want_residual or (want_x and not want_dx)
         dresidual, dx, dbias, dgamma, dbeta = pick("residual_norm_backward", dy)(
             dy, dz, row, rstd, bias, gamma, beta,
-            seed, ctx.p, ctx.rms, ctx.row_is_z, want_residual or (want_x and not want_dx), want_dx, want_bias,
-            want_gamma, want_beta,
+            seed, ctx.p, ctx.rms, ctx.row_is_z, want_dresidual, want_dx, want_bias, want_gamma, want_beta,
         )  # fmt: skip
-        dresidual = check.in_shape(dresidual, lead) if want_residual or (want_x and not want_dx) else None
         return (
-            (check.in_shape(dx, lead) if want_dx else dresidual) if want_x else None,
+            (dx if want_dx else dresidual) if want_x else None,
             dbias if want_bias else None,
             dresidual if want_residual else None,
             dgamma if want_gamma else None,
             dbeta if want_beta else None,
-            *(None,) * 6,
+            None,
+            None,
+            None,
         )
 
 
@@ -107,7 +103,7 @@ def is_z(bias: Tensor | None, residual: Tensor | None, seed: Tensor | None) -> b
 
 def _affine(xhat: Tensor, gamma: Tensor | None, beta: Tensor | None) -> Tensor:
     """y from x-hat, rounded once more."""
-    H = xhat.shape[1]
+    H = xhat.shape[-1]
     G = max((t.numel() // H for t in (gamma, beta) if t is not None), default=1)
     y = xhat.view(G, -1, H)
     gamma, beta = (None if t is None else t.view(-1, 1, H) for t in (gamma, beta))
@@ -159,34 +155,33 @@ def residual_norm(
         TypeError, ValueError: naming the argument, what was given and what is accepted.
     """
     op = "residual_norm"
-    check.floating(op, x=x, gamma=gamma, beta=beta, bias=bias, residual=residual)
-    check.same_device(op, x, gamma=gamma, beta=beta, bias=bias, residual=residual)
+    if not check.usual(x, (residual,), (gamma, beta, bias)):
+        check.floating(op, x=x, gamma=gamma, beta=beta, bias=bias, residual=residual)
+        check.same_device(op, x, gamma=gamma, beta=beta, bias=bias, residual=residual)
+        T, H = check.rows(op, "x", x)
+        check.same_shape(op, x, residual=residual)
+        G = check.small(op, T, H, gamma=gamma, beta=beta, bias=bias)
+        if residual is not None and residual.dtype != x.dtype:
+            dtype = torch.promote_types(x.dtype, residual.dtype)
+            x, residual = x.to(dtype), residual.to(dtype)
+        bias, gamma, beta = check.per_replica(G, *check.one_dtype(x, bias, gamma, beta))
+        x, residual = check.dense(x), check.dense(residual)
     check.probability(op, p)
-    T, H = check.rows(op, "x", x)
-    check.same_shape(op, x, residual=residual)
-    G = check.small(op, T, H, gamma=gamma, beta=beta, bias=bias)
-    check.seeds(op, seed, T, G, x.device)
     if not eps >= 0.0:
         raise ValueError(f"{op}: eps is {eps!r}; accepted is a number of at least 0")
-    if residual is not None and residual.dtype != x.dtype:
-        dtype = torch.promote_types(x.dtype, residual.dtype)
-        x, residual = x.to(dtype), residual.to(dtype)
-    bias, gamma, beta = check.per_replica(G, *check.one_dtype(x, bias, gamma, beta))
+    if seed is not None:
+        check.seeds(op, seed, x.numel() // x.shape[-1], check.replicas(gamma, beta, bias), x.device)
     if p == 0.0:
         seed = None
     elif seed is None:
         seed = new_seed(x.device)
-    x, residual = check.dense(x), check.dense(residual)
-    tracked = (x, bias, residual, gamma, beta)
     place = saving.place()
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tracked):
-        return ResidualNorm.apply(x, bias, residual, gamma, beta, seed, p, eps, rms, return_z, place)
-    lead, keep_z = x.shape[:-1], return_z or is_z(bias, residual, seed)
-    x, residual = check.as_rows(x), check.as_rows(residual)
+    if check.tracked(x, bias, residual, gamma, beta):
+        return ResidualNorm.apply(x, bias, residual, gamma, beta, seed, (p, eps, rms, return_z), place)
+    keep_z = return_z or is_z(bias, residual, seed)
     y, z, xhat, rstd = pick(op, x)(
         x, bias, residual, gamma, beta, seed, p, eps, rms, return_z, place is not None and not keep_z
     )
     if place:
         place.leave(xhat if not keep_z else z if return_z else x, rstd)
-    y = check.in_shape(y, lead)
-    return (y, check.in_shape(z, lead)) if return_z else y
+    return (y, z) if return_z else y

@@ -15,9 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ops.lora_linear import lora_linear
+from ..ops.lora_linear import Projection, project
 from . import linear
-from .linear import Projection
 from .pattern import Parts, Pattern, foreign_forward, has_hooks
 from .trace import Call
 
@@ -25,7 +24,8 @@ _PEFT_LAYERS = "peft.tuners.lora.layer"
 
 
 def _is_lora_linear(module: nn.Module) -> bool:
-    return type(module).__module__ == _PEFT_LAYERS and type(module).__name__ == "Linear"
+    kind = type(module)
+    return kind.__name__ == "Linear" and kind.__module__ == _PEFT_LAYERS
 
 
 def is_layer(module: nn.Module) -> bool:
@@ -44,7 +44,8 @@ def projection(module: nn.Module) -> Projection | None:
     layer: Any = module
     if layer.disable_adapters:
         return None if layer.merged else linear.projection(layer.base_layer)  # a merged one is unmerged first
-    active = [] if layer.merged else [name for name in layer.active_adapters if name in layer.lora_A]
+    adapters = layer._modules["lora_A"]._modules  # read at every call: not through getattr, which finds a module slowly
+    active = [] if layer.merged else [name for name in layer.active_adapters if name in adapters]
     if not active:
         return linear.projection(layer.base_layer)
     found = _read(layer, active[0]) if len(active) == 1 else ""
@@ -53,15 +54,16 @@ def projection(module: nn.Module) -> Projection | None:
 
 def _read(layer: Any, adapter: str) -> Projection | str:
     """What the layer computes with this adapter, or why that is PEFT's own forward's business."""
-    base = linear.projection(layer.base_layer)
+    children = layer._modules
+    base = linear.projection(children["base_layer"])
     if base is None:
-        return f"its base layer ({type(layer.base_layer).__name__}) is not a plain nn.Linear, or carries hooks"
+        return f"its base layer ({type(children['base_layer']).__name__}) is not a plain nn.Linear, or carries hooks"
     if layer.fan_in_fan_out:
         return "its base layer keeps its weight transposed (fan_in_fan_out)"
     if adapter in layer.lora_variant:
         return f"adapter {adapter!r} is a variant of LoRA ({type(layer.lora_variant[adapter]).__name__})"
-    a, b = linear.projection(layer.lora_A[adapter]), linear.projection(layer.lora_B[adapter])
-    p = _probability(layer.lora_dropout[adapter])
+    a, b = (linear.projection(children[name]._modules[adapter]) for name in ("lora_A", "lora_B"))
+    p = _probability(children["lora_dropout"]._modules[adapter])
     if a is None or a.bias is not None or b is None or p is None:
         return f"lora_A, lora_B or lora_dropout of adapter {adapter!r} is not as PEFT makes it, or carries hooks"
     return Projection(base.w, base.bias, a.w, b.w, b.bias, float(layer.scaling[adapter]), p)
@@ -116,7 +118,7 @@ def _forward(module: nn.Module, parts: Parts, x: Tensor, *args: Any, **kwargs: A
     found = None if args or kwargs else projection(module)  # PEFT's adapter_names, alora_offsets
     if found is None or not found.takes(x):
         return type(module).forward(module, x, *args, **kwargs)
-    return lora_linear(x, found.w, found.bias, found.a, found.b, bias_b=found.bias_b, scale=found.scale, p=found.p)
+    return project(x, (found,))[0]
 
 
 PATTERN = Pattern("lora", parts, _refuse, _sample, _forward, lambda module, parts: tuple(parts))

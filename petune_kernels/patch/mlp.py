@@ -68,7 +68,7 @@ def _sample(module: nn.Module, parts: Parts, generator: torch.Generator, call: C
 def _project(dense: Any, x: Tensor) -> tuple[Tensor, Tensor | None]:
     """dense(x), its bias apart where that can be fused."""
     if is_plain(dense, nn.Linear):
-        return linear.matmul(x, dense.weight), dense.bias
+        return linear.run(dense.weight, None, x), dense.bias
     return dense(x), None
 
 
@@ -77,7 +77,7 @@ def _halves(dense: Any, x: Tensor, swap: bool) -> tuple[Tensor, Tensor | None, T
     if is_plain(dense, nn.Linear):
         w, c = dense.weight.chunk(2), (None, None) if dense.bias is None else dense.bias.chunk(2)
         a, g = (1, 0) if swap else (0, 1)
-        return linear.matmul(x, w[a]), c[a], linear.matmul(x, w[g], c[g])
+        return linear.run(w[a], None, x), c[a], linear.run(w[g], c[g], x)
     u, gate = dense(x).chunk(2, -1)
     return (gate, None, u) if swap else (u, None, gate)
 

@@ -72,7 +72,9 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    return any(getattr(module, name) for name in _HOOKS)
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )  # asked at every call: no loop
 
 
 def drop_hooks(twin: nn.Module) -> None:

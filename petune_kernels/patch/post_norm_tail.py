@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -48,13 +49,16 @@ def _sample(module: nn.Module, parts: Parts, generator: torch.Generator, call: C
 
 
 def _forward(module: nn.Module, parts: Parts, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
-    dense, dropout, last = (getattr(module, parts[role]) for role in ("dense", "dropout", "norm"))
+    children = module._modules
+    dense: Any = children[parts["dense"]]
+    dropout: Any = children[parts["dropout"]]
+    last: Any = children[parts["norm"]]
     if not is_plain(last, nn.LayerNorm):
         return type(module).forward(module, hidden_states, input_tensor)
     if not is_plain(dropout, nn.Dropout) or dropout.p >= 1.0:
         x, bias, p = dropout(dense(hidden_states)), None, 0.0
     elif is_plain(dense, nn.Linear):
-        x, bias, p = linear.matmul(hidden_states, dense.weight), dense.bias, dropout.p
+        x, bias, p = linear.run(dense.weight, None, hidden_states), dense.bias, dropout.p
     else:
         x, bias, p = dense(hidden_states), None, dropout.p
     y = residual_norm(

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import meta
-from ..ops.lora_linear import lora_linear
+from ..ops.frozen_linear import faster
+from ..ops.lora_linear import Projection, project
 from . import linear, lora, pattern
-from .linear import Projection
 from .pattern import Pattern
 from .trace import Trace
 
@@ -28,7 +28,7 @@ class Group:
 
     def __init__(self, modules: tuple[nn.Module, ...]):
         self.modules = modules
-        self.pending: tuple[Tensor, dict[int, Tensor]] | None = None
+        self.pending: tuple[Tensor, dict[nn.Module, Tensor]] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {"modules": self.modules, "pending": None}
@@ -80,25 +80,36 @@ def verify(modules: tuple[nn.Module, ...]) -> str:
 def _forward(module: nn.Module, group: Group, x: Tensor, *args: Any, **kwargs: Any) -> Any:
     if args or kwargs:
         return type(module).forward(module, x, *args, **kwargs)
-    index = group.modules.index(module)
     pending = group.pending
-    if pending is not None and pending[0] is x and index in pending[1]:
-        y = pending[1].pop(index)
+    if pending is not None and pending[0] is x and module in pending[1]:
+        y = pending[1].pop(module)
         if not pending[1]:
             group.pending = None
         return y
-    members = range(len(group.modules)) if index == 0 else (index,)
-    found = {i: it for i in members if (it := projection(group.modules[i])) is not None and it.takes(x)}
-    if index not in found:
+    members = group.modules if module is group.modules[0] else (module,)
+    found: list[tuple[nn.Module, Projection]] = []
+    own, gains = None, False
+    for member in members:
+        it = projection(member)
+        if it is not None:
+            found.append((member, it))
+            gains = gains or _gains(it, x)
+            own = it if member is module else own
+    if own is not None and not gains:
+        return linear.run(own.w, own.bias, x)
+    if own is None or not own.takes(x):
         return type(module).forward(module, x)
-    if len(found) == 1 and found[index].a is None:
-        return linear.run(found[index], x)
-    w, bias, a, b, bias_b, scale, p = (list(column) for column in zip(*found.values(), strict=True))
-    results = lora_linear(x, w, bias, a, b, bias_b=bias_b, scale=scale, p=p)
-    left = dict(zip(found, results, strict=True))
-    own = left.pop(index)
+    found = [(member, it) for member, it in found if it.takes(x)]
+    left = dict(zip([member for member, _ in found], project(x, [it for _, it in found]), strict=True))
+    y = left.pop(module)
     group.pending = (x, left) if left else None
-    return own
+    return y
+
+
+def _gains(it: Projection, x: Tensor) -> bool:
+    """Whether one op for all is better for this projection than its own matmul. The same wherever the layer runs again:
+    sums of dx round differently in one op, so a weight that trains is no matter of whether x can be made again."""
+    return it.a is not None or it.w.requires_grad or faster(x, it.w, it.bias)
 
 
 PATTERN = Pattern("shared_input", lambda module, call: (), lambda module, parts: "", lambda *_: (), _forward)

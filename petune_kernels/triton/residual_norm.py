@@ -78,7 +78,8 @@ def _step(param: Tensor | None) -> int:
 
 def residual_norm(x, bias, residual, gamma, beta, seed, p, eps, rms, want_z, want_xhat):
     serve("residual_norm", x)
-    T, H = x.shape
+    H = x.shape[-1]
+    T = x.numel() // H
     y, rstd = x.new_empty(x.shape), x.new_empty([T], dtype=torch.float32)
     z = x.new_empty(x.shape) if want_z else None
     xhat = x.new_empty(x.shape) if want_xhat else None
@@ -166,7 +167,8 @@ def residual_norm_backward(
     want_dbeta,
 ):  # fmt: skip
     serve("residual_norm_backward", dy)
-    T, H = dy.shape
+    H = dy.shape[-1]
+    T = dy.numel() // H
     dresidual = dy.new_empty(dy.shape) if want_dresidual else None
     dx = dy.new_empty(dy.shape) if want_dx else None
     wanted = ((want_dbias, bias), (want_dgamma, gamma), (want_dbeta, beta))

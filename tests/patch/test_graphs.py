@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import pytest
@@ -49,6 +50,12 @@ EXACT = ("vit", "deberta.encoder", "esm.encoder", "transformer.decoder", "model.
 """Stacks whose lengths are not padded: no mask, a convolution over tokens, tables of positions given as an argument."""
 
 
+def _waits_for_a_number(stack: nn.Module) -> bool:
+    """transformers 5.17 draws for layerdrop, and looks at what it drew, also where nothing is ever dropped."""
+    source = inspect.getsource(type(stack))
+    return "dropout_probability = torch.rand" in source and "self.layerdrop > 0.0" not in source
+
+
 @pytest.mark.parametrize("family", models.FAMILIES)
 def test_every_family(family: str) -> None:
     """Replayed with the plain run's numbers, or refused for a reason."""
@@ -68,6 +75,9 @@ def test_every_family(family: str) -> None:
     for found in graphs.of(own).values():
         if family == "esm":
             assert found.plain == {"whose position_embeddings is a tuple": 3}
+        elif _waits_for_a_number(own.get_submodule(found.path)):
+            assert found.plain == {FIRST: 1, "that no graph takes (called a synchronizing operation)": 2}
+            continue
         else:
             assert found.replayed == 2 and found.plain == {FIRST: 1}
         assert bool(found.exact) == (f"{found.path}#{family}" in EXACT or found.path in EXACT), found.exact
