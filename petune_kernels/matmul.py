@@ -8,10 +8,11 @@ bias where its dtype allows) and once by `lora_adapter`, which adds the low-rank
 lora_adapter.cpp, on CUDA and for some factors of a high rank the functions here.
 
 Low-rank terms in float32 beside 16-bit activations. An adapter in float32 must not lose its low bits, yet the result is
-16-bit and so is its matmul. Each float32 factor u is two 16-bit terms, u = high + low with an error of 2^-17 for bf16,
-and u v^T = high_u high_v^T + low_u high_v^T + high_u low_v^T: one 16-bit matmul of rank 3r with float32 accumulation,
-which costs next to nothing beside the pass over the result. Where the result itself is float32 (x A^T, dA, dB) the
-16-bit rows are widened block by block in cache; no float32 copy of x or dy ever exists.
+16-bit and so is its matmul. Few rows are widened whole, as PEFT widens them, and forgotten. Of many there never is a
+float32 copy: each float32 factor u is two 16-bit terms, u = high + low with an error of 2^-17 for bf16, and
+u v^T = high_u high_v^T + low_u high_v^T + high_u low_v^T: one 16-bit matmul of rank 3r with float32 accumulation, which
+costs next to nothing beside the pass over the result. Where the result itself is float32 (x A^T, dA, dB) the 16-bit
+rows are widened block by block.
 """
 
 from __future__ import annotations
@@ -26,9 +27,11 @@ from . import meta
 from .meta import no_autocast
 from .schema import NAMESPACE
 
-_BLOCK = {"cpu": 1 << 20, "cuda": 1 << 26}
-"""Elements widened to float32 at a time: on a CPU 4 MiB, about a core's share of the last cache; on CUDA 256 MiB, where
-a block costs a dozen launches."""
+_AT_ONCE = 1 << 24
+"""Elements of rows up to which they are widened whole, 64 MiB: a third of the launches that blocks and split factors
+take, for as many bytes. On a GPU a training step of small batches waits for its launches."""
+_BLOCK = 1 << 26
+"""Elements widened to float32 at a time, 256 MiB: a block costs a dozen launches."""
 
 _ONEDNN_FROM = 1 << 23
 """Multiplications from which oneDNN is called by itself: 64 rows of 384 x 384 gain by it, of 64 x 64 they lose."""
@@ -98,18 +101,16 @@ def _fold(out: Tensor, terms: list[tuple[Tensor, Tensor]]) -> None:
         _accumulate(out, u, v.mT)
 
 
-def _blocks(device: torch.device, G: int, rows: int, width: int) -> Iterator[tuple[int, int]]:
-    step = max(1, _BLOCK["cuda" if meta.kind(device) == "cuda" else "cpu"] // max(1, G * width))
+def _blocks(G: int, rows: int, width: int) -> Iterator[tuple[int, int]]:
+    step = max(1, _BLOCK // max(1, G * width))
     for start in range(0, rows, step):
         yield start, min(step, rows - start)
 
 
 def _project(x: Tensor, a: Tensor, scale: float = 1.0) -> Tensor:
-    """scale * x A^T in A's dtype: [.., r]. x [.., K], a [.., r, K]."""
-    if a.dtype == x.dtype:
-        return _product(x, a.mT, scale) if scale != 1.0 else x @ a.mT
+    """scale * x A^T in A's dtype, float32: [.., r]. x [.., K], a [.., r, K]."""
     xa = torch.empty([*x.shape[:-1], a.shape[-2]], dtype=a.dtype, device=x.device)
-    for start, n in _blocks(x.device, a.shape[0] if a.dim() == 3 else 1, x.shape[-2], x.shape[-1]):
+    for start, n in _blocks(a.shape[0] if a.dim() == 3 else 1, x.shape[-2], x.shape[-1]):
         xa.narrow(-2, start, n).copy_(_product(x.narrow(-2, start, n).float(), a.mT, scale))
     return xa
 
@@ -154,17 +155,31 @@ def _adapter_kernels(x: Tensor, a: Tensor, seed: Tensor | None) -> tuple[Callabl
 
 
 def lora_adapter(y, x, a, b, bias_b, seed, p, scale):
+    G, wide = a.shape[0] if a.dim() == 3 else 1, a.dtype != x.dtype
+    if wide and max(x.numel(), y.numel()) > _AT_ONCE:
+        _by_blocks(y, x, a, b, bias_b, seed, p, scale)
+        return
+    rows, y, a, b = x.to(a.dtype), _by_replica(y, G), _small(a), _small(b)
+    if seed is not None:
+        rows = torch.ops.petune.dropout(rows, seed, p)
+    xa = _by_replica(rows, G) @ a.mT
+    if bias_b is not None:
+        add = torch.addmm if G == 1 else torch.baddbmm
+        y.add_(add(bias_b.reshape(-1, 1, y.shape[-1]) if G > 1 else bias_b.reshape(-1), xa, b.mT), alpha=scale)
+    elif wide:
+        y.add_(xa @ b.mT, alpha=scale)
+    else:
+        _accumulate(y, xa, b.mT, scale)
+
+
+def _by_blocks(y, x, a, b, bias_b, seed, p, scale):
+    """lora_adapter with float32 factors, and no float32 copy of x or y."""
     G = a.shape[0] if a.dim() == 3 else 1
     x, y, a, b = _by_replica(x, G), _by_replica(y, G), _small(a), _small(b)
     if seed is None:
         xa = _project(x, a)
-    elif a.dtype == x.dtype:
-        xa = _project(torch.ops.petune.dropout(x.reshape(-1, x.shape[-1]), seed, p).reshape(x.shape), a)
     else:  # float32 arithmetic must not see x rounded after the factor 1/(1-p)
-        xa = _project(x * _mask(x, x.shape[-1], seed, p, True).reshape(x.shape), a, 1.0 / (1.0 - p))
-    if bias_b is None and a.dtype == x.dtype:  # the usual case: nothing to gather, and the scale rides along
-        _accumulate(y, xa, b.mT, scale)
-        return
+        xa = _project(x * _by_replica(_mask(x, x.shape[-1], seed, p), G), a, 1.0 / (1.0 - p))
     terms = [(xa * scale, b)]
     if bias_b is not None:
         terms.append((_ones(x, bias_b.dtype) * scale, _column(bias_b, G)))
@@ -215,63 +230,67 @@ def _backward(like, dy, x, w, a, b, seed, p, scale, groups, want_dx, want_da, wa
 
 
 def lora_adapter_backward(dx, dy, x, a, b, seed, p, scale, want_da, want_db):
-    """dA and dB from one pass over dy and one over dropout(x)."""
-    G, K, wide = a.shape[0] if a.dim() == 3 else 1, a.shape[-1], a.dtype != dy.dtype
+    G, wide = a.shape[0] if a.dim() == 3 else 1, a.dtype != dy.dtype
+    if wide and max(dy.numel(), dy.numel() // b.shape[-2] * a.shape[-1]) > _AT_ONCE:
+        return _backward_by_blocks(dx, dy, x, a, b, seed, p, scale, want_da, want_db)
+    da, db, rows, inner = dy.new_empty([0]), dy.new_empty([0]), _by_replica(dy.to(a.dtype), G), _small(a)
+    if dx is not None or want_da:
+        dxa = _product(rows, _small(b), scale)
+    if want_da or want_db:
+        dropped = x.to(a.dtype)
+        if seed is not None:
+            dropped = torch.ops.petune.dropout(dropped, seed, p)
+        dropped = _by_replica(dropped, G)
+    if want_da:
+        da = (dxa.mT @ dropped).view(a.shape)
+    if want_db:
+        db = _product(rows.mT, dropped @ inner.mT, scale).view(b.shape)
+    if dx is not None and seed is None and not wide:
+        _accumulate(_by_replica(dx, G), dxa, inner)
+    elif dx is not None:
+        update = (dxa @ inner).view(dx.shape)
+        dx.add_(update if seed is None else torch.ops.petune.dropout(update, seed, p))
+    return da, db
+
+
+def _backward_by_blocks(dx, dy, x, a, b, seed, p, scale, want_da, want_db):
+    """The same with float32 factors, and no float32 copy of x, dy or dx: one pass over dy and one over dropout(x)."""
+    G, K = a.shape[0] if a.dim() == 3 else 1, a.shape[-1]
     shape_a, shape_b, a, b = a.shape, b.shape, _small(a), _small(b)
-    mask = None if seed is None else _by_replica(_mask(dy, K, seed, p, wide), G)
-    # what the mask lacks of 1/(1-p); where it is of zeros and ones, all of it
-    keep = 1.0 if mask is None else 1.0 / (1.0 - p) if wide else _unrounded(p, dy.dtype)
-    dy, dxa, da, db = _by_replica(dy, G), None, None, None
+    mask = None if seed is None else _by_replica(_mask(dy, K, seed, p), G)
+    keep = 1.0 if mask is None else 1.0 / (1.0 - p)
+    dy = _by_replica(dy, G)
     if want_da or want_db:
         x = _by_replica(x, G)
         x = x if mask is None else x * mask
     xa = _project(x, a, keep) if want_db else None
-    if not wide:
+    dxa = torch.empty([*dy.shape[:-1], a.shape[-2]], dtype=a.dtype, device=dy.device)
+    da = torch.zeros_like(a) if want_da else None
+    db = torch.zeros_like(b) if want_db else None
+    for start, n in _blocks(G, dy.shape[-2], max(K, b.shape[-2])):
+        rows, part = dy.narrow(-2, start, n).float(), dxa.narrow(-2, start, n)
         if dx is not None or want_da:
-            dxa = _product(dy, b, scale)
+            part.copy_(_product(rows, b, scale))
         if want_da:
-            da = _product(dxa.mT, x, keep)
-        if want_db and a.shape[-2] > _KERNEL_RANK:
-            db = _product(dy.mT, xa, scale).mT
-        elif want_db:  # [r, N] first: a matmul with few rows is several times faster than one with few columns
-            db = _product(xa.mT, dy, scale)
-    else:
-        dxa = torch.empty([*dy.shape[:-1], a.shape[-2]], dtype=a.dtype, device=dy.device)
-        da = torch.zeros_like(a) if want_da else None
-        db = a.new_zeros([*b.shape[:-2], b.shape[-1], b.shape[-2]]) if want_db else None
-        for start, n in _blocks(dy.device, G, dy.shape[-2], max(K, b.shape[-2])):
-            rows, part = dy.narrow(-2, start, n).float(), dxa.narrow(-2, start, n)
-            if dx is not None or want_da:
-                part.copy_(_product(rows, b, scale))
-            if want_da:
-                _accumulate(da, part.mT, x.narrow(-2, start, n).float(), keep)
-            if want_db:
-                _accumulate(db, xa.narrow(-2, start, n).mT, rows, scale)
+            _accumulate(da, part.mT, x.narrow(-2, start, n).float(), keep)
+        if want_db:
+            _accumulate(db, rows.mT, xa.narrow(-2, start, n), scale)
     if dx is not None and mask is None:
         _fold(_by_replica(dx, G), [(dxa, a.mT)])
     elif dx is not None:
         _add_masked(_by_replica(dx, G), dxa, a, mask, p)
-    da = dy.new_empty([0]) if da is None else da.reshape(shape_a)
-    return da, dy.new_empty([0]) if db is None else db.mT.reshape(shape_b).contiguous()
+    nothing = dy.new_empty([0])
+    return nothing if da is None else da.view(shape_a), nothing.clone() if db is None else db.view(shape_b)
 
 
-def _mask(like: Tensor, K: int, seed: Tensor, p: float, ones: bool) -> Tensor:
-    """The dropout mask of [T, K], T the rows of `like`: 0 and 1 if `ones`, else 0 and 1/(1-p) rounded."""
-    kept = torch.ops.petune.dropout(like.new_ones([like.numel() // like.shape[-1], K]), seed, p)
-    return kept.sign_() if ones else kept
-
-
-def _unrounded(p: float, dtype: torch.dtype) -> float:
-    """What a product with the rounded 1/(1-p) of `_mask` still lacks."""
-    return 1.0 / (1.0 - p) / torch.tensor(1.0 / (1.0 - p), dtype=dtype, device="cpu").item()
+def _mask(like: Tensor, K: int, seed: Tensor, p: float) -> Tensor:
+    """The dropout mask of [T, K], T the rows of `like`: 0 and 1."""
+    return torch.ops.petune.dropout(like.new_ones([like.numel() // like.shape[-1], K]), seed, p).sign_()
 
 
 def _add_masked(dx: Tensor, dxa: Tensor, a: Tensor, mask: Tensor, p: float) -> None:
-    """dx += D * (dxa A). In mixed precision the product stays float32 until it is added."""
-    if a.dtype == dx.dtype:
-        dx.addcmul_(mask, dxa @ a, value=_unrounded(p, dx.dtype))
-        return
-    for start, n in _blocks(dx.device, dx.shape[0] if dx.dim() == 3 else 1, dx.shape[-2], dx.shape[-1]):
+    """dx += D * (dxa A), float32 until it is added."""
+    for start, n in _blocks(dx.shape[0] if dx.dim() == 3 else 1, dx.shape[-2], dx.shape[-1]):
         product = _product(dxa.narrow(-2, start, n), a, 1.0 / (1.0 - p))
         dx.narrow(-2, start, n).add_(product.mul_(mask.narrow(-2, start, n).float()))
 

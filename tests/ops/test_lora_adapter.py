@@ -27,6 +27,7 @@ DTYPES = [
 KERNELS = {
     "cpu": (torch.ops.petune.lora_adapter, torch.ops.petune.lora_adapter_backward),
     "matmul": (matmul.lora_adapter, matmul.lora_adapter_backward),
+    "blocks": (matmul._by_blocks, matmul._backward_by_blocks),
 }
 
 
@@ -57,11 +58,18 @@ def bound(dtype, terms, of_rounded):
     return UNIT[dtype] * (4 if of_rounded else 1) + UNIT[torch.float32] * (8 + terms**0.5)
 
 
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(matmul, "_BLOCK", 1 << 12)
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("G, seeds", [(1, 0), (1, 1), (3, 0), (3, 1), (3, 3)])
 @pytest.mark.parametrize("dtypes", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_against_float64(shape, dtypes, G, seeds, kernel):
+    if kernel == "blocks" and dtypes[0] == dtypes[1]:
+        pytest.skip("blocks are for factors wider than their rows")
     T, K, N, r = shape
     T *= G
     made, p = problem(T, K, N, r, *dtypes, G=G), 0.3 if seeds else 0.0
@@ -70,7 +78,7 @@ def test_against_float64(shape, dtypes, G, seeds, kernel):
     forward, backward = KERNELS[kernel]
     forward(made["y"], made["x"], made["a"], made["b"], made["bias_b"], seed, p, 0.5)
     reference.lora_adapter(exact["y"], exact["x"], exact["a"], exact["b"], exact["bias_b"], seed, p, 0.5)
-    rounded = kernel == "matmul" and dtypes[1] != torch.float32
+    rounded = kernel != "cpu" and dtypes[1] != torch.float32
     near("y", made["y"], exact["y"], bound(dtypes[0], K, rounded))
     names = ("dx", "dy", "x", "a", "b")
     da, db = backward(*(made[name] for name in names), seed, p, 0.5, True, True)
@@ -79,6 +87,19 @@ def test_against_float64(shape, dtypes, G, seeds, kernel):
     for name, got, w in zip("ab", (da, db), want, strict=True):
         assert got.shape == made[name].shape and got.dtype == made[name].dtype and got.is_contiguous()
         near(f"d{name}", got, w, bound(dtypes[1], T + K + N, rounded))
+
+
+def test_many_rows_are_not_widened_whole(monkeypatch):
+    made, seed = problem(40, 24, 20, 4, torch.bfloat16, torch.float32), torch.tensor([3])
+    y, dx = made["y"].clone(), made["dx"].clone()
+    rest = (made["a"], made["b"])
+    matmul._by_blocks(y, made["x"], *rest, None, seed, 0.5, 2.0)
+    grads = matmul._backward_by_blocks(dx, made["dy"], made["x"], *rest, seed, 0.5, 2.0, True, True)
+    monkeypatch.setattr(matmul, "_AT_ONCE", 40 * 24 - 1)
+    matmul.lora_adapter(made["y"], made["x"], *rest, None, seed, 0.5, 2.0)
+    again = matmul.lora_adapter_backward(made["dx"], made["dy"], made["x"], *rest, seed, 0.5, 2.0, True, True)
+    for got, want in zip((made["y"], made["dx"], *again), (y, dx, *grads), strict=True):
+        assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize("want_dx, want_da, want_db", list(itertools.product([False, True], repeat=3)))

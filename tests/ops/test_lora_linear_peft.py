@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import peft
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from petune_kernels import reference
+from petune_kernels import matmul, meta, reference
 from petune_kernels.ops.lora_linear import lora_linear
 
 from .test_lora_linear import DTYPES, error
@@ -94,3 +97,41 @@ def test_autocast_matches_peft_under_autocast():
     for got, want in zip(*results, strict=True):
         assert got.dtype == want.dtype
         assert error(got, want.double()) < 2e-2
+
+
+_ONE_DROPOUT = {"bernoulli_", "div_"}  # with a mul that stays: one launch on CUDA
+
+
+class Launches(TorchDispatchMode):
+    """How many launches on CUDA the calls within it stand for: every op but views and allocations."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name.split("::")[1]
+        view = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
+        self.count += not (view or "empty" in name or name in _ONE_DROPOUT)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1])
+@pytest.mark.parametrize("dtypes", DTYPES[:3], ids=str)
+def test_no_more_launches_than_peft(dtypes, p):
+    """On CUDA at a paper's batch, 16 x 128 of width 768, a step waits for them."""
+    T, K, N, r = 2048, 768, 768, 8
+    layer = peft_layer(K, N, r, p, *dtypes, False).to("meta").train()
+    layer.base_layer.requires_grad_(False)
+    x = torch.empty(T, K, dtype=dtypes[0], device="meta", requires_grad=True)
+    with Launches() as theirs:
+        y = layer(x)
+        y.backward(torch.empty_like(y))
+    it = of_peft(layer)
+    seed = torch.empty(1, dtype=torch.int64, device="meta") if p else None
+    rest = [it["w"]], [it["a"].detach()], [it["b"].detach()], [seed], (p,), (2.0,)
+    with meta.standing_for("cuda"), Launches() as ours, torch.no_grad():
+        w, a, b, seeds, ps, scales = rest
+        (y,) = matmul.lora_linear(x.detach(), w, [it["bias"]], a, b, [None], seeds, ps, scales, False)
+        wants = 1, True, [True], [True], [False]
+        matmul.lora_linear_backward([torch.empty_like(y)], x.detach(), *rest, *wants)
+    drawn = 1 if p else 0  # the seed
+    assert 8 < ours.count + drawn <= theirs.count
