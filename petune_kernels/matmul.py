@@ -42,26 +42,33 @@ _ONEDNN = (
 )
 
 
-def onednn_pays(x: Tensor, w: Tensor) -> bool:
-    """Whether x w^T is oneDNN's: x [.., K] and w [N, K] of one of the dtypes it has here, on a CPU, and large."""
-    if x.dtype not in _ONEDNN or meta.kind(x.device) != "cpu" or not torch.backends.mkldnn.enabled:
+def onednn_pays(x: Tensor, features: int) -> bool:
+    """Whether the product of x [.., K] and a matrix of K x features, of x's dtype, is oneDNN's: on a CPU, and large."""
+    if x.numel() * features < _ONEDNN_FROM or x.dtype not in _ONEDNN:
         return False
-    return x.numel() * w.shape[0] >= _ONEDNN_FROM
+    return meta.kind(x.device) == "cpu" and bool(torch.backends.mkldnn.enabled)
 
 
 def _linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
     """x w^T + bias; x [T, K], w [N, K], bias [N]."""
-    if onednn_pays(x, w):
+    if onednn_pays(x, w.shape[0]):
         return torch.ops.mkldnn._linear_pointwise(x, w, bias, "none", [], "")
     return F.linear(x, w, bias)
 
 
-def _add_linear(y: Tensor, x: Tensor, w: Tensor) -> None:
-    """y += x w^T."""
-    if y.dtype == torch.float32 and onednn_pays(x, w):
-        y.add_(_linear(x, w))
+def _times(dy: Tensor, w: Tensor) -> Tensor:
+    """dy w; dy [T, N], w [N, K]."""
+    if onednn_pays(dy, w.shape[1]):
+        return torch.ops.mkldnn._linear_pointwise(dy, w.T, None, "none", [], "")
+    return dy @ w
+
+
+def _add_times(dx: Tensor, dy: Tensor, w: Tensor) -> None:
+    """dx += dy w."""
+    if dx.dtype == torch.float32 and onednn_pays(dy, w.shape[1]):
+        dx.add_(_times(dy, w))
     else:
-        _accumulate(y, x, w.T)
+        _accumulate(dx, dy, w)
 
 
 def _by_replica(x: Tensor, G: int) -> Tensor:
@@ -216,9 +223,9 @@ def _backward(like, dy, x, w, a, b, seed, p, scale, groups, want_dx, want_da, wa
                 dsum[i] = like.new_zeros([groups, w[i].shape[0]], dtype=torch.float32)
             continue
         if want_dx and dx is None:
-            dx = _linear(dy_i, w[i].T)
+            dx = _times(dy_i, w[i])
         elif want_dx:
-            _add_linear(dx, dy_i, w[i].T)
+            _add_times(dx, dy_i, w[i])
         if want_dsum[i]:
             dsum[i] = torch.ops.petune.column_sum(dy_i, groups)
         if a[i] is not None and (want_dx or want_da[i] or want_db[i]):
@@ -338,11 +345,11 @@ def packed_linear_backward(dy, w):
     with no_autocast(dy.device):
         whole = behind_one_another(w)
         if whole is not None:
-            return _linear(dy, whole.T)
+            return _times(dy, whole)
         first, *rest = zip(dy.split([m.shape[0] for m in w], 1), w, strict=True)
-        dx = _linear(first[0], first[1].T)
+        dx = _times(*first)
         for part, m in rest:
-            _add_linear(dx, part, m.T)
+            _add_times(dx, part, m)
         return dx
 
 

@@ -127,12 +127,12 @@ class LoraLinear(torch.autograd.Function):
         return (check.in_shape(dx, like.shape[:-1]) if want_x else None, None, *grads)
 
 
-def _by_role(values: Sequence[Any]) -> list[list[Any]]:
-    """One list a role (w, bias, a, b, bias_b, seed) from what stands projection by projection."""
-    return [list(values[role::6]) for role in range(6)]
+def _by_role(values: Sequence[Any]) -> list[Sequence[Any]]:
+    """One sequence a role (w, bias, a, b, bias_b, seed) from what stands projection by projection."""
+    return [values[0::6], values[1::6], values[2::6], values[3::6], values[4::6], values[5::6]]
 
 
-def _cast(w: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+def _cast(w: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     return [m if m.dtype == dtype else m.to(dtype) for m in w]
 
 
