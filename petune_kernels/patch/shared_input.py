@@ -1,4 +1,5 @@
-"""Pattern `shared_input`: projections that read the same x (query, key and value; gate and up) run as one op.
+"""Pattern `shared_input`: projections that read the same x (query, key and value; gate and up) run as one op, where one
+of them has an adapter or trains, or the op is faster than torch's own linear.
 
 Which projections share x is seen in the model's trace, not guessed from names: siblings that were called with the same
 tensor. Each stays a module that is called, hooks and all; the first one called computes all of them, and the others

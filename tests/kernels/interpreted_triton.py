@@ -114,6 +114,21 @@ def test_residual_norm_wide_rows(rms, count):
     run_residual_norm(torch.float32, (9, 4100, 1, count), rms)
 
 
+def test_rows_keep_their_shape():
+    made, seed = norm_problem(6, 40, torch.float32, 1), seeds(5)
+    flat = t_norm.residual_norm(*made.values(), seed, 0.3, 1e-5, False, True, True)
+    made |= {k: made[k].view(2, 3, 40) for k in ("x", "residual")}
+    got = t_norm.residual_norm(*made.values(), seed, 0.3, 1e-5, False, True, True)
+    assert all(t.shape == (2, 3, 40) and torch.equal(t.view(6, 40), f) for t, f in zip(got[:3], flat[:3], strict=True))
+    wanted = (seed, 0.3, False, False, True, True, True, True, True)
+    rest = (made["bias"], made["gamma"], made["beta"], *wanted)
+    dy = randn(2, 3, 40)
+    want = t_norm.residual_norm_backward(dy.view(6, 40), None, flat[2], flat[3], *rest)
+    back = t_norm.residual_norm_backward(dy, None, got[2], got[3], *rest)
+    assert back[0].shape == back[1].shape == dy.shape
+    assert all(torch.equal(t.reshape(f.shape), f) for t, f in zip(back, want, strict=True))
+
+
 def run_residual_norm(dtype, shape, rms, some=True, shared=()):
     T, H, G, count = shape
     made = norm_problem(T, H, dtype, G, some=some, affine=dtype if G == 1 else torch.float32)
