@@ -144,7 +144,7 @@ def dense(x: _Given) -> _Given:
 
 
 def as_rows(x: _Given) -> _Given:
-    """A dense [..., H] as [T, H]: what kernels take. Inside a Function, where a view costs no node of the graph."""
+    """A dense [..., H] as [T, H], as matmul kernels take it. Inside a Function, where a view costs no node."""
     return x if x is None or x.dim() == 2 else x.view(-1, x.shape[-1])
 
 

@@ -39,11 +39,13 @@ _NEVER_BELOW = min(_OP_FROM.values())
 
 def faster(x: Tensor, w: Tensor, b: Tensor | None = None) -> bool:
     """Whether the op is faster than torch's linear while w is frozen; a compiler chooses for itself."""
+    if torch.compiler.is_compiling():
+        return False
     work = x.numel() * w.shape[0]
-    if work < _NEVER_BELOW or torch.compiler.is_compiling():
+    if work < _NEVER_BELOW:
         return False
     kind = meta.kind(x.device)
-    if work < _OP_FROM[kind]:
+    if kind not in _OP_FROM or work < _OP_FROM[kind]:
         return False
     if kind == "cuda":
         return b is not None and b.requires_grad

@@ -15,7 +15,7 @@ each projection, dropout(x), its mask, dropout(x) A^T, and in mixed precision x 
 projection apart, as PEFT does.
 
 Numerics. W and x share a dtype; adapters share one that is x's or float32. In the latter case x A^T, dA and dB are what
-float32 arithmetic gives from the 16-bit x and dy, as in PEFT, without widening x (see matmul.py).
+float32 arithmetic gives from the 16-bit x and dy, as in PEFT, and no widened x is kept (see matmul.py).
 
 Two paths forward. "adapter" multiplies by W and folds the rank-r product in: one more pass over y. "merged" multiplies
 by W + s B A: one more pass over W, but no dropout and no replicas. In 16 bits the sum W + s B A rounds a small
@@ -335,8 +335,7 @@ def lora_linear(
     G = 1
     if not (are_rows(x) and all(usual(x, it) for it in its)):
         G = _replicas(op, x, its, autocast=dtype is not None)
-    for one_seed, one_p in zip(seeds, ps, strict=True):
-        check.probability(op, one_p)
+    for one_seed in seeds:
         check.seeds(op, one_seed, x.numel() // x.shape[-1], G, x.device)
     y = _run(x, its, seeds, G, path)
     return y[0] if single else y
@@ -351,7 +350,9 @@ def project(x: Tensor, its: Sequence[Projection]) -> tuple[Tensor, ...]:
 
 
 def _run(x: Tensor, its: Sequence[Projection], seeds: list[Tensor | None], G: int, path: str) -> tuple[Tensor, ...]:
-    """What has been checked. `seeds`: None where one is to be drawn."""
+    """What has been checked but for p. `seeds`: None where one is to be drawn."""
+    for it in its:
+        check.probability("lora_linear", it.p)
     drops = [it.p != 0.0 and it.a is not None for it in its]
     unseeded = [i for i, seed in enumerate(seeds) if seed is None and drops[i]]
     if unseeded:

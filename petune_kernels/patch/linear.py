@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops import _checks as check
 from ..ops import _saving as saving
 from ..ops.frozen_linear import faster, frozen_linear
 from ..ops.lora_linear import Projection
@@ -50,7 +51,7 @@ def run(w: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
     """x w^T + bias: a projection without an adapter."""
     if w.requires_grad:
         pays = saving.can_be_made(x)
-    elif bias is not None and (bias.dim() != 1 or bias.dtype != x.dtype):
+    elif bias is not None and (bias.dim() != 1 or (bias.dtype != x.dtype and check.autocast_dtype(x) is None)):
         pays = True  # which torch's own does not take
     else:
         pays = faster(x, w, bias)

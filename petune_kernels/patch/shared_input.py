@@ -101,6 +101,8 @@ def _forward(module: nn.Module, group: Group, x: Tensor, *args: Any, **kwargs: A
     if own is None or not own.takes(x):
         return type(module).forward(module, x)
     found = [(member, it) for member, it in found if it.takes(x)]
+    if len(found) == 1 and own.a is None:
+        return linear.run(own.w, own.bias, x)
     left = dict(zip([member for member, _ in found], project(x, [it for _, it in found]), strict=True))
     y = left.pop(module)
     group.pending = (x, left) if left else None

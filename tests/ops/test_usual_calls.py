@@ -9,12 +9,14 @@ import torch
 from torch import nn
 
 import petune_kernels as pk
+from petune_kernels import meta
 from petune_kernels.ops import _checks as check
 from petune_kernels.ops import _saving as saving
 from petune_kernels.ops.bias_act import bias_act
 from petune_kernels.ops.frozen_linear import faster, frozen_linear
-from petune_kernels.ops.lora_linear import Projection, _replicas, are_rows, lora_linear, usual
+from petune_kernels.ops.lora_linear import Projection, _replicas, are_rows, lora_linear, project, usual
 from petune_kernels.ops.residual_norm import residual_norm
+from petune_kernels.patch import linear, shared_input
 
 GPU = ("cuda", "triton")
 DTYPES = (torch.float32, torch.bfloat16, torch.float64, torch.int64)
@@ -130,6 +132,31 @@ def test_small_frozen_projections_are_torchs_own() -> None:
             x, model.q.weight
         )
     assert not faster(torch.empty(4, 512), model.q.weight)
+
+
+def test_torchs_own_linear_takes_any_dtype_under_autocast() -> None:
+    x, layer = torch.randn(2, 8, dtype=torch.bfloat16, requires_grad=True), nn.Linear(8, 8).requires_grad_(False)
+    assert "PackedLinear" in type(linear.run(layer.weight.to(x.dtype), layer.bias, x).grad_fn).__name__
+    with torch.autocast("cpu", torch.bfloat16):
+        assert "PackedLinear" not in type(linear.run(layer.weight, layer.bias, x).grad_fn).__name__
+
+
+def test_other_devices_take_torchs_own_linear() -> None:
+    with meta.standing_for("mps"):
+        assert not faster(torch.empty(64, 512, device="meta"), torch.empty(512, 512, device="meta"))
+
+
+def test_a_projection_called_alone_is_alone() -> None:
+    layers = nn.Linear(8, 8), nn.Linear(8, 8)
+    y = shared_input._forward(layers[1], shared_input.Group(layers), torch.randn(2, 8))
+    assert "LoraLinear" not in type(y.grad_fn).__name__
+
+
+@pytest.mark.parametrize("p", (-0.5, 1.5))
+def test_a_probability_is_one(p: float) -> None:
+    it = Projection(torch.zeros(5, 4), None, torch.zeros(2, 4), torch.zeros(5, 2), p=p)
+    with pytest.raises(ValueError, match="p is"):
+        project(torch.zeros(3, 4), [it])
 
 
 def test_a_recipe_gives_the_shape_that_was() -> None:
