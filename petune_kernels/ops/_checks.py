@@ -52,11 +52,6 @@ def tracked(*tensors: torch.Tensor | None) -> bool:
     return False
 
 
-def replicas(*params: torch.Tensor | None) -> int:
-    """The G of checked parameters [H] or [G, H]."""
-    return max((t.shape[0] for t in params if t is not None and t.dim() == 2), default=1)
-
-
 def floating(op: str, **tensors: torch.Tensor | None) -> None:
     for name, t in tensors.items():
         if t is None:

@@ -155,6 +155,7 @@ def residual_norm(
         TypeError, ValueError: naming the argument, what was given and what is accepted.
     """
     op = "residual_norm"
+    G = 1
     if not check.usual(x, (residual,), (gamma, beta, bias)):
         check.floating(op, x=x, gamma=gamma, beta=beta, bias=bias, residual=residual)
         check.same_device(op, x, gamma=gamma, beta=beta, bias=bias, residual=residual)
@@ -169,8 +170,7 @@ def residual_norm(
     check.probability(op, p)
     if not eps >= 0.0:
         raise ValueError(f"{op}: eps is {eps!r}; accepted is a number of at least 0")
-    if seed is not None:
-        check.seeds(op, seed, x.numel() // x.shape[-1], check.replicas(gamma, beta, bias), x.device)
+    check.seeds(op, seed, x.numel() // x.shape[-1], G, x.device)
     if p == 0.0:
         seed = None
     elif seed is None:
