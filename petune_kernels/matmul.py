@@ -76,6 +76,11 @@ def _by_replica(x: Tensor, G: int) -> Tensor:
     return x if G == 1 else x.reshape(G, x.shape[0] // G, x.shape[1])
 
 
+def _count(m: Tensor) -> int:
+    """G of [G, .., ..]; 1 of a matrix."""
+    return m.shape[0] if m.dim() == 3 else 1
+
+
 def _small(m: Tensor) -> Tensor:
     return m[0] if m.dim() == 3 and m.shape[0] == 1 else m
 
@@ -117,7 +122,7 @@ def _blocks(G: int, rows: int, width: int) -> Iterator[tuple[int, int]]:
 def _project(x: Tensor, a: Tensor, scale: float = 1.0) -> Tensor:
     """scale * x A^T in A's dtype, float32: [.., r]. x [.., K], a [.., r, K]."""
     xa = torch.empty([*x.shape[:-1], a.shape[-2]], dtype=a.dtype, device=x.device)
-    for start, n in _blocks(a.shape[0] if a.dim() == 3 else 1, x.shape[-2], x.shape[-1]):
+    for start, n in _blocks(_count(a), x.shape[-2], x.shape[-1]):
         xa.narrow(-2, start, n).copy_(_product(x.narrow(-2, start, n).float(), a.mT, scale))
     return xa
 
@@ -162,7 +167,7 @@ def _adapter_kernels(x: Tensor, a: Tensor, seed: Tensor | None) -> tuple[Callabl
 
 
 def lora_adapter(y, x, a, b, bias_b, seed, p, scale):
-    G, wide = a.shape[0] if a.dim() == 3 else 1, a.dtype != x.dtype
+    G, wide = _count(a), a.dtype != x.dtype
     if wide and max(x.numel(), y.numel()) > _AT_ONCE:
         _by_blocks(y, x, a, b, bias_b, seed, p, scale)
         return
@@ -181,7 +186,7 @@ def lora_adapter(y, x, a, b, bias_b, seed, p, scale):
 
 def _by_blocks(y, x, a, b, bias_b, seed, p, scale):
     """lora_adapter with float32 factors, and no float32 copy of x or y."""
-    G = a.shape[0] if a.dim() == 3 else 1
+    G = _count(a)
     x, y, a, b = _by_replica(x, G), _by_replica(y, G), _small(a), _small(b)
     if seed is None:
         xa = _project(x, a)
@@ -237,7 +242,7 @@ def _backward(like, dy, x, w, a, b, seed, p, scale, groups, want_dx, want_da, wa
 
 
 def lora_adapter_backward(dx, dy, x, a, b, seed, p, scale, want_da, want_db):
-    G, wide = a.shape[0] if a.dim() == 3 else 1, a.dtype != dy.dtype
+    G, wide = _count(a), a.dtype != dy.dtype
     if wide and max(dy.numel(), dy.numel() // b.shape[-2] * a.shape[-1]) > _AT_ONCE:
         return _backward_by_blocks(dx, dy, x, a, b, seed, p, scale, want_da, want_db)
     da, db, rows, inner = dy.new_empty([0]), dy.new_empty([0]), _by_replica(dy.to(a.dtype), G), _small(a)
@@ -262,7 +267,7 @@ def lora_adapter_backward(dx, dy, x, a, b, seed, p, scale, want_da, want_db):
 
 def _backward_by_blocks(dx, dy, x, a, b, seed, p, scale, want_da, want_db):
     """The same with float32 factors, and no float32 copy of x, dy or dx: one pass over dy and one over dropout(x)."""
-    G, K = a.shape[0] if a.dim() == 3 else 1, a.shape[-1]
+    G, K = _count(a), a.shape[-1]
     shape_a, shape_b, a, b = a.shape, b.shape, _small(a), _small(b)
     mask = None if seed is None else _by_replica(_mask(dy, K, seed, p), G)
     keep = 1.0 if mask is None else 1.0 / (1.0 - p)
@@ -297,7 +302,7 @@ def _mask(like: Tensor, K: int, seed: Tensor, p: float) -> Tensor:
 
 def _add_masked(dx: Tensor, dxa: Tensor, a: Tensor, mask: Tensor, p: float) -> None:
     """dx += D * (dxa A), float32 until it is added."""
-    for start, n in _blocks(dx.shape[0] if dx.dim() == 3 else 1, dx.shape[-2], dx.shape[-1]):
+    for start, n in _blocks(_count(dx), dx.shape[-2], dx.shape[-1]):
         product = _product(dxa.narrow(-2, start, n), a, 1.0 / (1.0 - p))
         dx.narrow(-2, start, n).add_(product.mul_(mask.narrow(-2, start, n).float()))
 

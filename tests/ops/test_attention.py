@@ -13,7 +13,6 @@ from torch.utils.checkpoint import checkpoint
 import petune_kernels as pk
 from petune_kernels import reference
 from petune_kernels.ops.attention import attention
-from petune_kernels.patch.attention import attention_interface
 
 from .table import DTYPES, forward_floor, no_worse_than_eager, row_sum_floor, run_under_isa
 
@@ -345,13 +344,6 @@ def test_every_instruction_set(isa: str) -> None:
     run_under_isa(code, isa)
 
 
-@pytest.mark.parametrize("name", ("softcap", "s_aux"))
-def test_interface_refuses_what_it_would_leave_out(name: str) -> None:
-    q, k, v = make((1, 2, 3, 3, 4), torch.float32)
-    with pytest.raises(ValueError, match=f"{name} is given"):
-        attention_interface(torch.nn.Module(), q, k, v, None, **{name: torch.ones(1)})
-
-
 def _learned(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return attention(q, k, v, torch.zeros(3, 5, requires_grad=True))
 
@@ -391,29 +383,6 @@ def test_bad_input(case: str, backend: str) -> None:
     assert "attention" in str(caught.value)
 
 
-@pytest.mark.parametrize("trains", (False, True))
-@pytest.mark.parametrize("masked", (False, True))
-def test_interface_adds_a_position_bias(masked: bool, trains: bool) -> None:
-    q, k, v = make((2, 2, 3, 5, 4), torch.float64)
-    bias = torch.randn(1, 2, 3, 5, dtype=torch.float64, requires_grad=trains)
-    mask = torch.zeros(2, 1, 1, 5, dtype=torch.float64) if masked else None
-    if mask is not None:
-        mask[0, ..., 3:] = torch.finfo(torch.float64).min
-    results = []
-    for fused in (False, True):
-        if fused:
-            module = torch.nn.Module()
-            o, _ = attention_interface(module, q, k, v, mask, scaling=1.0, is_causal=False, position_bias=bias)
-        else:
-            scores = q @ k.mT + bias + (0 if mask is None else mask)
-            o = (scores.softmax(-1) @ v).transpose(1, 2)
-        wanted = [t for t in (q, k, v, bias) if t.requires_grad]
-        results.append((o, *torch.autograd.grad(o.square().sum(), wanted)))
-    assert len(results[0]) == (5 if trains else 4)
-    for own, ours in zip(*results, strict=True):
-        torch.testing.assert_close(ours, own)
-
-
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
 def test_autocast_takes_what_rotary_embeddings_widened(dtype: torch.dtype) -> None:
     q, k, v = (torch.randn(2, 3, 5, 8, requires_grad=True) for _ in range(3))
@@ -422,17 +391,3 @@ def test_autocast_takes_what_rotary_embeddings_widened(dtype: torch.dtype) -> No
     o.sum().backward()
     assert o.dtype == dtype and q.grad is not None and q.grad.dtype == torch.float32
     assert torch.equal(o, attention(q.to(dtype), k.to(dtype), v.to(dtype)))
-
-
-def test_a_mask_that_trains_takes_torchs_attention() -> None:
-    """Doge's: its gradient is the [S, K] tensor that the op never builds."""
-    q, k, v = (torch.randn(2, 4, 5, 8) for _ in range(3))
-    mask = torch.randn(2, 1, 5, 5, requires_grad=True)
-    o, _ = attention_interface(torch.nn.Module(), q, k, v, mask, scaling=0.5, is_causal=False)
-    (found,) = torch.autograd.grad(o.square().sum(), mask)
-    wide = mask.detach().double().requires_grad_()
-    exact = torch.softmax(q.double() @ k.double().mT * 0.5 + wide, -1) @ v.double()
-    torch.testing.assert_close(found.double(), torch.autograd.grad(exact.square().sum(), wide)[0], rtol=1e-4, atol=1e-5)
-    with torch.no_grad():
-        again, _ = attention_interface(torch.nn.Module(), q, k, v, mask, scaling=0.5, is_causal=False)
-    torch.testing.assert_close(again, o.detach(), rtol=1e-5, atol=1e-5)
