@@ -11,6 +11,7 @@ import functools
 import importlib
 import importlib.util
 import os
+import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -54,7 +55,7 @@ def _load() -> dict[str, str]:
     else:
         try:
             torch.ops.load_library(str(_CUDA_LIBRARY))
-        except OSError as error:  # built for another torch or another CUDA: Triton and the reference go on, and say so
+        except OSError as error:  # built for another torch: Triton and the reference go on, and say so
             missing["cuda"] = (
                 f"the CUDA library cannot be loaded ({error.__cause__ or error}); install again on this machine"
             )
@@ -73,6 +74,25 @@ def build_info() -> dict[str, Any] | None:
 
 def _has_kernel(op: str, key: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"{schema.NAMESPACE}::{op}", key.upper())
+
+
+@functools.cache
+def cannot_run(device: torch.device) -> str:
+    """Why the CUDA library's kernels do not run on this GPU, '' where they do or none is loaded. It loads beside any
+    driver and on any GPU; only a launch shows whether it was built for them."""
+    if MISSING["cuda"]:
+        return ""
+    x, seed = torch.ones(1, device=device), torch.zeros(1, dtype=torch.int64, device=device)
+    try:
+        torch.ops.petune.dropout(x, seed, 0.0)
+    except RuntimeError as error:
+        info = build_info() or {}
+        return (
+            f"the CUDA library, built by CUDA {info.get('cuda')} for {info.get('cuda_architectures')}, does not run on "
+            f"{torch.cuda.get_device_name(device)} ({str(error).splitlines()[0]}); set TORCH_CUDA_ARCH_LIST to its "
+            "compute capability, use a CUDA that its driver knows, and install again"
+        )
+    return ""
 
 
 @functools.cache
@@ -95,9 +115,18 @@ def _triton_launcher(op: str) -> Callable[..., Any] | None:
     return there
 
 
+def _triton_lacks() -> str:
+    """Why Triton's kernels cannot be built here, or ''. Its launchers are C, which it compiles at their first call."""
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    if "CC" in os.environ or any(map(shutil.which, ("cc", "gcc", "clang"))):
+        return ""
+    return "Triton finds no C compiler (CC, gcc or clang)"
+
+
 def _register_triton() -> frozenset[str]:
     """On a GPU without the compiled library, the Triton launchers serve the ops they have; returns which."""
-    if not torch.cuda.is_available():
+    if not torch.cuda.is_available() or _triton_lacks():
         return frozenset()
     served = set()
     for op in schema.SCHEMAS:
@@ -175,6 +204,10 @@ def composed(op: str, device: str) -> Callable[..., Any] | None:
     return getattr(reference, op) if device == "cpu" and not _has_kernel(op, device) else None
 
 
+def _current() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device())
+
+
 _TORCHS = ("attention", "attention_backward")
 """What PyTorch has itself on CUDA: the op calls it (ops/attention.py)."""
 
@@ -190,21 +223,27 @@ class Choice:
     todo: str = ""
 
 
-def describe() -> list[Choice]:
-    """For every op and device of this machine: the backend it takes, why, and what to do about what is missing."""
+def describe(*devices: str) -> list[Choice]:
+    """For every op and device type (default: all of this machine) the backend it takes, why, and what to do about what
+    is missing."""
     rows = []
-    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+    for device in devices or (("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)):
         for op in schema.SCHEMAS:
             dtypes = ", ".join(str(d).removeprefix("torch.") for d in COMPILED_DTYPES[device])
             if device == "cuda" and op in _TORCHS:
                 rows.append(
                     Choice(op, device, "torch", "PyTorch's fused attention; the reference where a seed is given")
                 )
+            elif _has_kernel(op, device) and device == "cuda" and (why := cannot_run(_current())):
+                rows.append(Choice(op, device, "none", "the kernel loaded does not run on this GPU", why))
             elif _has_kernel(op, device):
                 name = "triton" if device == "cuda" and op in _ON_TRITON else device
                 rows.append(Choice(op, device, name, f"kernel loaded, for {dtypes}; other dtypes take the reference"))
             elif MISSING[device]:
-                rows.append(Choice(op, device, "reference", "no compiled kernel is loaded", MISSING[device]))
+                why = "no compiled kernel is loaded"
+                if device == "cuda" and (lacks := _triton_lacks()):
+                    why += f", and {lacks}"
+                rows.append(Choice(op, device, "reference", why, MISSING[device]))
             else:
                 rows.append(Choice(op, device, "reference", "this op has no compiled kernel for this device"))
     return rows
@@ -212,7 +251,7 @@ def describe() -> list[Choice]:
 
 def warn_if_slow(device: str) -> None:
     """One warning where ops of this device run on the reference for want of something that can be installed."""
-    slow = [choice for choice in describe() if choice.device == device and choice.todo]
+    slow = [choice for choice in describe(device) if choice.todo]
     if slow:
         ops = "all ops" if len(slow) == len(schema.SCHEMAS) else ", ".join(choice.op for choice in slow)
         warnings.warn(f"petune_kernels runs {ops} on its reference: {slow[0].todo}", RuntimeWarning, stacklevel=3)

@@ -221,7 +221,7 @@ def doctor() -> None:
     for column in ("op", "device", "backend", "why"):
         table.add_column(column)
     for choice in choices:
-        style = "yellow" if choice.backend == "reference" else ""
+        style = "yellow" if choice.backend in ("reference", "none") else ""
         table.add_row(choice.op, choice.device, Text(choice.backend, style=style), choice.why)
     out.print(table)
     missing = dict.fromkeys(choice.todo for choice in choices if choice.todo)

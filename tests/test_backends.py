@@ -47,7 +47,7 @@ def test_one_warning_where_the_reference_serves_for_want_of_an_install(monkeypat
 
     def choose(*slow: backends.Choice) -> None:
         served = backends.Choice("residual_norm", "cpu", "cpu", "kernel loaded")
-        monkeypatch.setattr(backends, "describe", lambda: [served, *slow])
+        monkeypatch.setattr(backends, "describe", lambda device: [c for c in (served, *slow) if c.device == device])
 
     todo = "the CUDA library was not built; install the CUDA toolkit"
     choose(backends.Choice("bias_act", "cuda", "reference", "no compiled kernel is loaded", todo))
@@ -63,3 +63,54 @@ def test_a_cuda_library_that_does_not_load_is_a_reason(monkeypatch: pytest.Monke
     monkeypatch.setattr(backends, "_CUDA_LIBRARY", broken)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert "the CUDA library cannot be loaded (" in backends._load()["cuda"]
+
+
+def test_a_cuda_library_for_other_gpus_is_said_before_anything_is_patched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It loads on any GPU; the launch of one kernel shows. Here x of the launch is on the CPU, the failure is made."""
+    device, probe = torch.device("cuda", 0), backends.cannot_run
+
+    def fails(*args: object) -> torch.Tensor:
+        raise RuntimeError("petune: dropout: no kernel image is available for execution on the device\nand a stack")
+
+    monkeypatch.setitem(backends.MISSING, "cuda", "")
+    here = torch.ones, torch.zeros
+    for own in here:
+        monkeypatch.setattr(torch, own.__name__, lambda *a, own=own, **k: own(*a, **{**k, "device": "cpu"}))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    probe.cache_clear()
+    try:
+        with monkeypatch.context() as broken:
+            broken.setattr(torch.ops.petune, "dropout", fails)
+            why = probe(device)
+        assert "does not run on Tesla T4 (petune: dropout: no kernel image" in why and "stack" not in why
+        assert "TORCH_CUDA_ARCH_LIST" in why
+        monkeypatch.setattr(backends, "_has_kernel", lambda op, device: True)
+        rows = {choice.op: choice for choice in backends.describe("cuda")}
+        assert rows["residual_norm"].backend == "none" and rows["residual_norm"].todo == why
+
+        model = nn.Sequential(nn.LayerNorm(8))
+        monkeypatch.setattr(nn.Parameter, "is_cuda", True, raising=False)
+        monkeypatch.setattr(backends, "cannot_run", lambda device: why)
+        with pytest.raises(pk.PatchError, match="patch: model is on cpu: the CUDA library, built by CUDA"):
+            pk.patch(model)
+        assert "forward" not in vars(model[0])
+    finally:
+        probe.cache_clear()
+
+
+def test_triton_serves_nothing_where_it_finds_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It compiles its launchers, C, at their first call: the reference serves, and says why."""
+    pytest.importorskip("triton")
+    taken: list[str] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.library, "impl", lambda name, *_: taken.append(name))
+    monkeypatch.setitem(backends.MISSING, "cuda", "the CUDA library was not built")
+    monkeypatch.setattr(backends, "_has_kernel", lambda op, device: False)
+    assert backends._register_triton() and taken
+    taken.clear()
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(backends.shutil, "which", lambda name: None)
+    assert not backends._register_triton() and not taken
+    rows = {choice.op: choice for choice in backends.describe("cuda")}
+    assert rows["residual_norm"].backend == "reference" and "no C compiler" in rows["residual_norm"].why
