@@ -201,7 +201,7 @@ class Turn:
     def recorded(self) -> Run:
         """The same as one CUDA graph."""
         recorder = cuda_graph.Recorder(self._device)
-        recorder.warm(self.run, 1)
+        recorder.probe(self.run)
         return recorder.record(self.run)
 
     def recorded_backward(self) -> Run:
@@ -222,7 +222,7 @@ class Turn:
             ]
 
         recorder = cuda_graph.Recorder(self._device)
-        recorder.warm(self.run, 1)
+        recorder.probe(self.run)
         with within(self._name):
             self._forward = recorder.record(forward)  # lives as long as what backward reads
             replay = recorder.record(backward)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -32,6 +33,23 @@ def as_captured() -> Iterator[None]:
         yield
     finally:
         import_utils.is_cuda_stream_capturing = own
+
+
+@contextlib.contextmanager
+def _waiting(mode: str) -> Iterator[None]:
+    """Within it torch warns or raises where the host waits for the GPU."""
+    before = torch.cuda.get_sync_debug_mode()
+    try:
+        _debug(mode)
+        yield
+    finally:
+        _debug(before)
+
+
+def _debug(mode: str | int) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch says that it is a prototype
+        torch.cuda.set_sync_debug_mode(mode)
 
 
 class Recorder:
@@ -68,12 +86,20 @@ class Recorder:
     def probe(self, function: Callable[[], None]) -> None:
         """Warms up once more and raises RuntimeError where that waits for the GPU, which no capture may. To try it in a
         capture would leave torch's generator there: nothing could be drawn any more in this process."""
-        before = torch.cuda.get_sync_debug_mode()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with _waiting("error"):
             self.warm(function, times=1)
-        finally:
-            torch.cuda.set_sync_debug_mode(before)
+
+    def waits(self, function: Callable[[], None]) -> str:
+        """Runs it once to its end, as `warm` does, and returns '' or what torch says where that waits for the GPU: for
+        functions that no second run may follow."""
+        with warnings.catch_warnings(record=True) as seen, _waiting("warn"):
+            warnings.simplefilter("always")
+            self.warm(function, times=1)
+        said = [str(w.message) for w in seen]
+        for w in seen:
+            if "synchronizing" not in str(w.message):
+                warnings.warn_explicit(w.message, w.category, w.filename, w.lineno)
+        return next((text for text in said if "synchronizing" in text), "")
 
     def record(self, function: Callable[[], None]) -> Callable[[], None]:
         """Captures it, which runs none of its kernels; returns what replays them.

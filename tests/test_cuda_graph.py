@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from types import SimpleNamespace
 from typing import Any
 
@@ -60,6 +61,52 @@ def test_torchscript_does_not_specialise_in_a_capture(scaled: Any, monkeypatch: 
     assert not _specialised(scaled)
     run()
     assert _specialised(scaled)
+
+
+@pytest.mark.parametrize("fails", (False, True))
+def test_the_mode_of_a_probe_is_taken_back(monkeypatch: pytest.MonkeyPatch, fails: bool) -> None:
+    """torch warns that it is a prototype, which is an error under -W error."""
+    modes = ["default"]
+
+    def choose(mode: str) -> None:
+        modes.append(mode)
+        warnings.warn("a prototype feature", UserWarning, stacklevel=1)
+
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: modes[-1])
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", choose)
+    recorder = cuda_graph.Recorder.__new__(cuda_graph.Recorder)
+    monkeypatch.setattr(recorder, "warm", lambda function, times: function(), raising=False)
+
+    def run() -> None:
+        assert modes[-1] == "error"
+        if fails:
+            raise RuntimeError("called a synchronizing CUDA operation")
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(RuntimeError, match="synchronizing") if fails else contextlib.nullcontext():
+            recorder.probe(run)
+    assert modes == ["default", "error", "default"]
+
+
+def test_whether_a_step_waits_is_seen_while_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It runs to its end, and its other warnings are its own."""
+    for name in ("get_sync_debug_mode", "set_sync_debug_mode"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: "default")
+    recorder = cuda_graph.Recorder.__new__(cuda_graph.Recorder)
+    monkeypatch.setattr(recorder, "warm", lambda function, times: function(), raising=False)
+    ran = []
+
+    def run(*said: str) -> None:
+        for text in said:
+            warnings.warn(text, UserWarning, stacklevel=1)
+        ran.append(1)
+
+    with pytest.warns(UserWarning, match="of its own"):
+        assert "called a synchronizing" in recorder.waits(
+            lambda: run("of its own", "called a synchronizing CUDA operation")
+        )
+    assert recorder.waits(run) == "" and len(ran) == 2
 
 
 def test_a_capture_that_fails_leaves_the_stream(monkeypatch: pytest.MonkeyPatch) -> None:

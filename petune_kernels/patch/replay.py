@@ -130,6 +130,8 @@ class Graph:
                 for size, dtype in zip(sizes, by_dtype, strict=True)
             ]
             self._inputs = [torch.zeros_like(self._statics[i], requires_grad=False) for i in self._sources]
+        if {i for i, g in enumerate(grads[n:]) if g is not None} != {*itertools.chain(*self._groups)}:
+            raise Unservable("whose gradients come and go")
         with torch.no_grad():
             for flat, group in zip(self._flat, self._groups, strict=True):
                 torch.cat([grads[n + i].reshape(-1) for i in group], out=flat)

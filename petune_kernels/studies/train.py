@@ -131,6 +131,8 @@ class Updates:
             listed.append({"params": [next(wide) for _ in parameters], "lr": lr})
         fused = not any(p.is_meta for p in self._wide)  # on a CPU a fifth of the default's time; not there on meta
         self.optimizer = torch.optim.AdamW(listed, fused=fused, capturable=capturable, **adamw)
+        if capturable:  # the first step runs plainly, of which torch warns
+            self.optimizer._warned_capturable_if_run_uncaptured = True  # type: ignore[attr-defined]
         self._steps, self._warm = steps, max(1, round(warmup * steps))
         self._set_rates()
 

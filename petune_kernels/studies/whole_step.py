@@ -4,8 +4,8 @@ What the step reads must stay where it is: parameters, the optimizer's state (ca
 tensors. What comes from outside is the batch, copied into static tensors, and the generator, whose seed and offset a
 graph reads anew at each replay: torch.manual_seed before a step gives that step's dropout.
 
-The first step with a shape runs plainly, and for good: it makes the optimizer's state and lets libraries choose. The
-second is captured, which runs nothing, and replayed.
+The first step with a shape runs plainly, and for good: it makes the optimizer's state, lets libraries choose, and shows
+whether a step waits for the GPU. The second is captured, which runs nothing, and replayed.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ Batch = Mapping[str, Tensor]
 class WholeStep:
     """Calls `step(batch)`, which changes its model in place, leaves no gradients and gives the loss [].
 
-    Attributes: captured, graphs; replayed and plain, steps. Raises StudyError for a device that is no GPU.
+    Attributes: captured, graphs; replayed and plain, steps. Raises StudyError for a device that is no GPU, and for a
+    step that waits for it, which no graph may: a capture that fails leaves torch's generator in it for good.
     """
 
     def __init__(self, step: Callable[[Batch], Tensor], device: torch.device):
@@ -38,6 +39,7 @@ class WholeStep:
             raise StudyError(f"a whole step as one graph needs a model on an NVIDIA GPU; this one is on {device}")
         self._step, self._recorder, self._device = step, cuda_graph.Recorder(device), device
         self._graphs: dict[Any, _Graph | None] = {}
+        self._waits = ""
         self.captured = self.replayed = self.plain = 0
 
     def __call__(self, batch: Batch) -> Tensor:
@@ -49,6 +51,8 @@ class WholeStep:
             return self._plainly(batch)
         graph = self._graphs[key]
         if graph is None:
+            if self._waits:
+                raise StudyError(f"a whole step as one graph: this one waits for the GPU ({self._waits})")
             self._graphs[key] = graph = _Graph(self._step, batch, self._device, self._recorder)
             self.captured += 1
         self.replayed += 1
@@ -56,7 +60,7 @@ class WholeStep:
 
     def _plainly(self, batch: Batch) -> Tensor:
         losses: list[Tensor] = []
-        self._recorder.warm(lambda: losses.append(self._step(batch)), times=1)
+        self._waits = self._recorder.waits(lambda: losses.append(self._step(batch))) or self._waits
         return losses[0]
 
 

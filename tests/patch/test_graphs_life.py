@@ -278,3 +278,20 @@ def test_needs_layers() -> None:
 def _untouched(model: nn.Module) -> None:
     assert not any("forward" in m.__dict__ or graphs.bound(m) for m in model.modules())
     assert getattr(getattr(model, "config", None), "_attn_implementation_internal", None) in (None, "sdpa")
+
+
+@pytest.mark.parametrize("where", ("module", "config"))
+def test_layerdrop_runs_plainly(where: str) -> None:
+    """transformers draws on the host which layers to leave out: a graph would leave out the same for ever."""
+    model, data = graphed("bart", dropout=False), models.batch("bart")
+    named = [m for m in model.modules() if "layerdrop" in vars(m)]
+    assert named
+    if where == "module":
+        for module in named:
+            module.layerdrop = 0.05
+    else:
+        model.config.encoder_layerdrop = 0.05
+    for _ in range(3):
+        model(**data)
+    for found in graphs.of(model).values():
+        assert not found.captured and any("layerdrop" in reason for reason in found.plain)

@@ -97,3 +97,24 @@ def test_shapes_are_bounded(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_needs_a_gpu(tiny_model: Path) -> None:
     with pytest.raises(StudyError, match="needs a model on an NVIDIA GPU; this one is on cpu"):
         run(tiny_model, "layernorm", torch.float32, True)
+
+
+def test_a_step_that_waits_for_the_gpu_is_refused_before_its_capture(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A capture that fails takes the process's random numbers with it. The first step ran, and counts."""
+    monkeypatch.setattr(cuda_graph, "Recorder", Recorder)
+    monkeypatch.setattr(Recorder, "record", lambda *_: pytest.fail("captured"))
+    model = train.load_model(tiny_model, 2, 0, torch.float32, CPU)
+    losses = []
+
+    def once(batch: train.Batch) -> torch.Tensor:
+        loss, _ = train.loss_of(model, batch)
+        losses.append(loss.item())
+        return loss.detach()
+
+    step, batch = whole_step.WholeStep(once, CPU), next(batches())
+    assert step(batch).item() == losses[0]
+    with pytest.raises(StudyError, match="this one waits for the GPU"):
+        step(batch)
+    assert len(losses) == 1
