@@ -50,11 +50,13 @@ def configure(T: int, C: int, N: int, itemsize: int, device: torch.device) -> Co
     if key not in _chosen:
         options = candidates(device)
         wide = [c for c in options if triton.cdiv(T, c.rows) * triton.cdiv(N, c.cols) >= processors(device)]
-        best = (wide or options[-1:])[0]
-        if itemsize == 4:  # the same bytes a step; a float32 product has no room for the widest tile
-            best = Config(min(best.rows, 64), min(best.cols, 64), 32, 4, 3)
-        _chosen[key] = best
+        _chosen[key] = _fitting((wide or options[-1:])[0], itemsize)
     return _chosen[key]
+
+
+def _fitting(config: Config, itemsize: int) -> Config:
+    """The same bytes a step; a float32 product has no room for the widest tile."""
+    return Config(min(config.rows, 64), min(config.cols, 64), 32, 4, 3) if itemsize == 4 else config
 
 
 def tune(
@@ -64,9 +66,14 @@ def tune(
     """Times `run`, a call whose matmul is [T, C] @ [C, N], with every configuration and records the fastest."""
     measure = triton.testing.do_bench if bench is None else bench
     key = (C, N, triton.next_power_of_2(max(T, 1)), itemsize, arch(device))
-    times = {}
-    for config in candidates(device):
-        TUNED[key] = config
-        times[config] = measure(run)
-    TUNED[key] = min(times, key=lambda c: times[c])
-    return times
+    before, times = TUNED.get(key), dict[Config, float]()
+    try:
+        for config in dict.fromkeys(_fitting(c, itemsize) for c in candidates(device)):
+            TUNED[key] = config
+            times[config] = measure(run)
+        before = min(times, key=lambda c: times[c])
+        return times
+    finally:  # after an error what was there before
+        del TUNED[key]
+        if before is not None:
+            TUNED[key] = before

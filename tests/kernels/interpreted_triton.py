@@ -298,8 +298,20 @@ def test_configurations_are_chosen_by_shape_and_tuned_on_request():
         assert best == tiles.candidates(device)[-1]
         assert tiles.configure(64, 768, 768, 2, device) == best
         assert tiles.configure(64, 768, 768, 4, device).rows <= 64, "a tile of 16 bits has no room for float32"
+        with pytest.raises(RuntimeError, match="out of resource"):
+            tiles.tune(lambda: None, 64, 768, 768, 2, device, bench=_fails)
+        assert tiles.configure(64, 768, 768, 2, device) == best, "what was tuned before stays"
+        with pytest.raises(RuntimeError):
+            tiles.tune(lambda: None, 32, 768, 768, 2, device, bench=_fails)
+        wide_steps = tiles.tune(lambda: None, 64, 768, 768, 4, device, bench=lambda run: 1.0)
+        assert list(tiles.TUNED) == [(768, 768, 64, size, tiles.arch(device)) for size in (2, 4)]
+        assert all(config.rows <= 64 and config.depth <= 32 for config in wide_steps)
     finally:
         tiles.TUNED.clear()
+
+
+def _fails(run):
+    raise RuntimeError("out of resource: shared memory")
 
 
 def test_other_dtypes_are_refused():
