@@ -57,6 +57,13 @@ const void* read(const Tensor& t) {
 }
 const void* read(const MaybeTensor& t) { return t ? read(*t) : nullptr; }
 
+// Rows that are read beside `like`, element by element.
+const void* read_beside(const Tensor& like, const MaybeTensor& t) {
+  STD_TORCH_CHECK(!t || (t->numel() == like.numel() && t->scalar_type() == like.scalar_type()),
+                  "petune: rows that are read together have one size and one dtype");
+  return read(t);
+}
+
 void* write(Tensor& t) { return t.data_ptr(); }
 
 // A tensor beside `like`, of its dtype unless another is named. Not torch::stable::new_empty, which finds its op by
@@ -109,7 +116,7 @@ struct Small {
   DType dtype = DType::f32;
   int shared = 0;  // bit i: the i-th parameter is [H] though G > 1
 
-  Small(std::initializer_list<const MaybeTensor*> params, int64_t T, int64_t H) {
+  Small(std::initializer_list<const MaybeTensor*> params, int64_t T, int64_t H, DType rows) {
     const Tensor* first = nullptr;
     for (const MaybeTensor* param : params) {
       if (!*param) continue;
@@ -122,6 +129,8 @@ struct Small {
       }
       STD_TORCH_CHECK(dtype_of(t) == dtype, "petune: the parameters differ in dtype");
     }
+    STD_TORCH_CHECK(!first || dtype == rows || dtype == DType::f32,
+                    "petune: parameters are in the rows' dtype or float32");
     int bit = 1;
     for (const MaybeTensor* param : params) {
       if (*param && G > 1 && (*param)->numel() != G * H) shared |= bit;
@@ -168,7 +177,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> residual_norm(Tensor x, MaybeTensor b
                                                          MaybeTensor gamma, MaybeTensor beta, MaybeTensor seed,
                                                          double p, double eps, bool rms, bool want_z, bool want_xhat) {
   const auto [T, H] = rows_of(x);
-  const Small params({&bias, &gamma, &beta}, T, H);
+  const Small params({&bias, &gamma, &beta}, T, H, dtype_of(x));
   const Seed seeds(seed, T);
   const Launch launch(x);
   const Shape shape = shape_of(x);
@@ -182,7 +191,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> residual_norm(Tensor x, MaybeTensor b
                           params.dtype,
                           read(x),
                           read(bias),
-                          read(residual),
+                          read_beside(x, residual),
                           read(gamma),
                           read(beta),
                           seeds.data,
@@ -203,9 +212,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> residual_norm_backward(
     MaybeTensor seed, double p, bool rms, bool row_is_z, bool want_dresidual, bool want_dx, bool want_dbias,
     bool want_dgamma, bool want_dbeta) {
   const auto [T, H] = rows_of(dy);
-  const Small params({&bias, &gamma, &beta}, T, H);
+  const Small params({&bias, &gamma, &beta}, T, H, dtype_of(dy));
   const int wanted = (want_dbias ? kSharedBias : 0) | (want_dgamma ? kSharedGamma : 0) | (want_dbeta ? kSharedBeta : 0);
   STD_TORCH_CHECK((params.shared & wanted) == 0, "petune: a parameter that replicas share has no gradient here");
+  STD_TORCH_CHECK(rstd.numel() == T && rstd.scalar_type() == ScalarType::Float, "petune: rstd is float32, one a row");
   const Seed seeds(seed, T);
   const Launch launch(dy);
   const Shape shape = shape_of(dy);
@@ -219,8 +229,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> residual_norm_backward(
                             dtype_of(dy),
                             params.dtype,
                             read(dy),
-                            read(dz),
-                            read(row),
+                            read_beside(dy, dz),
+                            read_beside(dy, row),
                             static_cast<const float*>(read(rstd)),
                             read(gamma),
                             seeds.data,
@@ -242,12 +252,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> residual_norm_backward(
 
 Tensor bias_act(Tensor u, MaybeTensor bias, MaybeTensor gate, int64_t act) {
   const auto [T, N] = rows_of(u);
-  const Small params({&bias}, T, N);
+  const Small params({&bias}, T, N, dtype_of(u));
   const Launch launch(u);
   const Shape shape = shape_of(u);
   Output h(true, u, shape);
-  kernels::bias_act({T, N, params.G, dtype_of(u), params.dtype, read(u), read(bias), read(gate), static_cast<Act>(act),
-                     h.data(), nullptr},
+  kernels::bias_act({T, N, params.G, dtype_of(u), params.dtype, read(u), read(bias), read_beside(u, gate),
+                     static_cast<Act>(act), h.data(), nullptr},
                     launch.stream());
   return h.tensor;
 }
@@ -255,15 +265,26 @@ Tensor bias_act(Tensor u, MaybeTensor bias, MaybeTensor gate, int64_t act) {
 std::tuple<Tensor, Tensor, Tensor> bias_act_backward(Tensor dh, Tensor u, MaybeTensor bias, MaybeTensor gate,
                                                      int64_t act, bool want_du, bool want_dbias, bool want_dgate) {
   const auto [T, N] = rows_of(u);
-  const Small params({&bias}, T, N);
+  const Small params({&bias}, T, N, dtype_of(u));
   const Launch launch(u);
   const Shape shape = shape_of(u);
   Output du(want_du, u, shape), dgate(want_dgate, u, shape);
   Output dbias = small(want_dbias, bias, u);
-  BiasActBackward args{
-      T,          N,          params.G, dtype_of(u),           params.dtype, read(dh),     read(u),
-      read(bias), read(gate), nullptr,  static_cast<Act>(act), du.data(),    dbias.data(), dgate.data(),
-      nullptr};
+  BiasActBackward args{T,
+                       N,
+                       params.G,
+                       dtype_of(u),
+                       params.dtype,
+                       read_beside(u, dh),
+                       read(u),
+                       read(bias),
+                       read_beside(u, gate),
+                       nullptr,
+                       static_cast<Act>(act),
+                       du.data(),
+                       dbias.data(),
+                       dgate.data(),
+                       nullptr};
   Tensor workspace = scratch(u, kernels::bias_act_backward_workspace(args));
   args.workspace = write(workspace);
   kernels::bias_act_backward(args, launch.stream());
@@ -272,7 +293,7 @@ std::tuple<Tensor, Tensor, Tensor> bias_act_backward(Tensor dh, Tensor u, MaybeT
 
 std::tuple<Tensor, Tensor> bias_act_coded(Tensor u, MaybeTensor bias, int64_t act) {
   const auto [T, N] = rows_of(u);
-  const Small params({&bias}, T, N);
+  const Small params({&bias}, T, N, dtype_of(u));
   const Launch launch(u);
   const Shape shape = shape_of(u);
   Output h(true, u, shape);
@@ -288,7 +309,7 @@ std::tuple<Tensor, Tensor> bias_act_coded_backward(Tensor dh, Tensor code, Maybe
   const auto [T, N] = rows_of(dh);
   STD_TORCH_CHECK(code.scalar_type() == ScalarType::Byte && shape_of(code) == shape_of(dh),
                   "petune: the code is uint8 of dh's shape");
-  const Small params({&bias}, T, N);
+  const Small params({&bias}, T, N, dtype_of(dh));
   const Launch launch(dh);
   Output du(want_du, dh, shape_of(dh)), dbias = small(want_dbias, bias, dh);
   BiasActBackward args{T,

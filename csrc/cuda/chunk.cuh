@@ -99,10 +99,21 @@ __device__ __forceinline__ uint4 load(const T* p, int n) {
   }
 }
 
+// One 16-byte store. nvcc 13 makes four of 4 bytes of an assignment for sm_80 and sm_90: a warp's then touch every
+// sector four times, a part of it each time. Nothing reads it back in the same kernel.
+__device__ __forceinline__ void store16(void* p, uint4 v) {
+#ifdef PETUNE_EMULATOR
+  *static_cast<uint4*>(p) = v;
+#else
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(p)), "r"(v.x), "r"(v.y),
+               "r"(v.z), "r"(v.w));
+#endif
+}
+
 template <bool kVector, typename T>
 __device__ __forceinline__ void store(T* p, int n, const float (&v)[kChunk<T>]) {
   if constexpr (kVector) {
-    if (n > 0) *reinterpret_cast<uint4*>(p) = pack<T>(v);
+    if (n > 0) store16(p, pack<T>(v));
   } else {
 #pragma unroll
     for (int i = 0; i < kChunk<T>; ++i)

@@ -1,4 +1,5 @@
-"""The CUDA C++ kernels through nvcc and ptxas: no spill, no stack frame, 16-byte loads of the rows. Needs no GPU.
+"""The CUDA C++ kernels through nvcc and ptxas: no spill, no stack frame, rows read and written 16 bytes at
+a time. Needs no GPU.
 
 By default sm_90, with residual_norm's bf16 kernels; `--slow` builds every kernel for sm_80, sm_90 and sm_100.
 """
@@ -90,8 +91,17 @@ def check_resources(report: str) -> None:
     assert not bad, "spills or stack frames:\n" + "\n".join(map(str, bad))
 
 
-def check_loads(cubin: Path) -> None:
-    """Vector kernels read rows 16 bytes at a time and never element by element; nothing touches local memory."""
+WORDS = re.compile(  # column sums; dropout's last elements; an activation's codes, four a word
+    r"column_sum|residual_norm_backward_(any|rows<\w+, \d+, [1-7])|bias_act_backward_kernel<\w+, true, true"
+    r"|dropout_kernel<float|bias_act_kernel<float, true, true"
+)
+
+
+def check_accesses(cubin: Path) -> None:
+    """Vector kernels read and write rows 16 bytes at a time, never by elements or words; nothing touches local memory.
+
+    What they may write by words: a norm's rstd, and what WORDS names.
+    """
     if (tool := cuobjdump()) is None:
         pytest.skip("no cuobjdump: neither the CUDA toolkit's nor triton's")
     text = subprocess.run([tool, "-sass", str(cubin)], capture_output=True, text=True, check=True).stdout
@@ -104,6 +114,11 @@ def check_loads(cubin: Path) -> None:
         assert re.search(r"\bLDG\.E\.(\w+\.)*128\b", code), f"{name} has no 16-byte load"
         if not name.startswith("dropout"):  # which ends element by element
             assert not re.search(r"\bLDG\.E\.(\w+\.)*U(8|16)\b", code), f"{name} loads single elements"
+        if not name.startswith("column_sum"):
+            assert re.search(r"\bSTG\.E\.(\w+\.)*128\b", code), f"{name} has no 16-byte store"
+        if not WORDS.match(name):
+            words = len(re.findall(r"\bSTG\.E(?:\.STRONG\.\w+)? ", code))
+            assert words <= ("norm" in name), f"{name} stores {words} words"
 
 
 def test_a_report_is_read_right():
@@ -125,7 +140,7 @@ def test_a_report_is_read_right():
         with pytest.raises(AssertionError, match="spills or stack frames"):
             check_resources(report)
         with pytest.raises(AssertionError, match="local memory"):
-            check_loads(source.with_suffix(".cubin"))
+            check_accesses(source.with_suffix(".cubin"))
 
 
 def quick(source: str) -> tuple[str, ...]:
@@ -136,7 +151,7 @@ def quick(source: str) -> tuple[str, ...]:
 def test_sm_90(source):
     report, cubin = compiled(source, "sm_90", *quick(source))
     check_resources(report)
-    check_loads(cubin)
+    check_accesses(cubin)
 
 
 @pytest.mark.slow
@@ -145,4 +160,4 @@ def test_sm_90(source):
 def test_every_architecture(source, arch):
     report, cubin = compiled(source, arch)
     check_resources(report)
-    check_loads(cubin)
+    check_accesses(cubin)
