@@ -14,15 +14,16 @@ dropout mask is that of Z[b, head, row, column]. With G seeds the batch is that 
 b counts within each: a replica's mask is the one that its own B/G batch rows would get alone.
 
 A row that sees nothing (every column -inf) has o = 0 and no gradient, where eager has NaN. A row whose mask
-holds the dtype's finite minimum everywhere, as Hugging Face writes it, sees every column alike, as in eager.
+holds the dtype's finite minimum everywhere, as Hugging Face writes it, sees every column alike, as in eager. On a GPU
+every mask made here is finite (`hidden`), so that a row that sees nothing sees every column alike, too.
 
 Saved: q, k, v (grouped heads once), the mask and the seed; in a frame (_saving.py) not q, k and v. Eager keeps the
 softmax, its dropped copy and the mask: three [B, h, S, K] tensors. The mask gets no gradient: it would be the [S, K]
 tensor this op avoids.
 
-On CUDA PyTorch's own fused attention (flash) does the work unless a seed or a backend is asked for by name, or a packed
-run drops (its masks are each replica's own, which torch's are not: the reference then). In a frame it runs once more in
-backward, since its own backward takes what only it can save.
+On CUDA PyTorch's own fused attention (the kernel of its that it chooses) does the work unless a seed or a backend is
+asked for by name, or a packed run drops (its masks are each replica's own, which torch's are not: the reference then).
+In a frame it runs once more in backward, since its own backward takes what only it can save.
 """
 
 from __future__ import annotations
@@ -126,14 +127,20 @@ def _check_heads(op: str, q: Tensor, k: Tensor, v: Tensor) -> None:
             )
 
 
+def hidden(device: torch.device) -> float:
+    """What is added to a score that is not seen. On a GPU finite, and what torch itself makes of a boolean mask for
+    cuDNN's attention, which may give NaN for a row of -inf."""
+    return -65504.0 if meta.kind(device) == "cuda" else -torch.inf
+
+
 def additive_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A mask as attention adds it: in dtype, 0 where a boolean mask is True and -inf where it is False.
+    """A mask as attention adds it: in dtype, 0 where a boolean mask is True and `hidden` where it is False.
 
     An additive mask in a wider dtype keeps its -inf; finite values beyond dtype's range become its finite limits, so
     that a row masked by the wider dtype's minimum everywhere still sees every column alike.
     """
     if mask.dtype == torch.bool:
-        return torch.zeros((), dtype=dtype, device=mask.device).where(mask, -torch.inf)
+        return torch.zeros((), dtype=dtype, device=mask.device).where(mask, hidden(mask.device))
     if mask.dtype == dtype:
         return mask
     finite = torch.finfo(dtype)
@@ -172,9 +179,9 @@ def _once(mask: Tensor) -> Tensor:
 def native(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p: float, scale: float, causal: bool) -> Tensor:
     S, K = q.shape[2], k.shape[2]
     if causal and (mask is not None or S != K):  # SDPA aligns its causal mask at the first column, and takes only one
-        hidden = torch.ones(S, K, dtype=torch.bool, device=q.device).triu(1 + K - S)
+        later = torch.ones(S, K, dtype=torch.bool, device=q.device).triu(1 + K - S)
         mask = torch.zeros((), dtype=q.dtype, device=q.device) if mask is None else _once(mask)
-        mask, causal = mask.masked_fill(hidden, -torch.inf), False
+        mask, causal = mask.masked_fill(later, hidden(q.device)), False
     elif mask is not None:
         mask = _once(mask)  # torch pads a mask to its alignment as it is given, repetitions and all
     # Flash attention reads grouped heads as they are; the others take a copy for each head.

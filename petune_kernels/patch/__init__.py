@@ -84,7 +84,8 @@ def patch(
         TypeError: `model` is no nn.Module, or `cuda_graphs` none of these.
         ValueError: `memory` is none of these, or `cuda_graphs` does not go with it.
         PatchError: nothing in it matches, its parameters are sharded already, `strict` and something was left alone,
-            nothing in it could be set to `memory`, or `cuda_graphs` and it is not on a GPU or has no stack of layers.
+            nothing in it could be set to `memory`, `cuda_graphs` and it is not on a GPU or has no stack of layers, or
+            it is on a GPU for which the CUDA library was not built.
             The model is then as before.
     """
     if memory not in levels.LEVELS:
@@ -100,6 +101,9 @@ def patch(
             f"patch: cuda_graphs is {cuda_graphs!r}, and {away}; accepted is a model on an NVIDIA GPU, moved there "
             "before patch"
         )
+    for device in {p.device for p in model.parameters() if p.is_cuda}:
+        if why := backends.cannot_run(device):
+            raise PatchError(f"patch: model is on {device}: {why}")
     plan = _survey(model)
     stacks = graphs.stacks(model, plan.seen) if cuda_graphs else {}
     if cuda_graphs and not stacks:
@@ -157,8 +161,9 @@ def unpatch(model: nn.Module) -> None:
         graphs.unbind(module)
     for module in filter(pattern.bound, bound.values()):
         pattern.unbind(module)
-    for root in filter(attention.bound, list(model.modules())):
+    for root in filter(attention.marked, list(model.modules())):
         attention.unbind(root)
+    attention.disown(model)
 
 
 @contextlib.contextmanager
@@ -290,9 +295,7 @@ def _match(module: nn.Module, call: trace.Call | None) -> tuple[Pattern | None, 
 def _backends(model: nn.Module, entries: list[Entry]) -> dict[str, str]:
     used, device = {_OPS[e.pattern] for e in entries if e.pattern}, _device(model)
     return {
-        choice.op: choice.backend
-        for choice in backends.describe()
-        if choice.op.removesuffix("_backward") in used and choice.device == device
+        choice.op: choice.backend for choice in backends.describe(device) if choice.op.removesuffix("_backward") in used
     }
 
 

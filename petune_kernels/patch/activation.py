@@ -29,7 +29,7 @@ def name_of(module: nn.Module) -> str | None:
     """The name of the activation in `bias_act` that this module computes, judged by what it gives; None for none."""
     if next(module.parameters(), None) is not None or module._modules or module._buffers:
         return None
-    x = torch.linspace(-6, 6, 121, dtype=torch.float64)
+    x = torch.linspace(-6, 6, 121, dtype=torch.float64, device="cpu")
     with torch.no_grad():
         try:
             own = type(module).forward(bare(module), x)
@@ -50,7 +50,7 @@ def _parts(module: nn.Module, call: Call | None) -> Sequence[Parts]:
 def _refuse(module: nn.Module, parts: Parts) -> str:
     kept = []
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t), lambda t: t):
-        type(module).forward(bare(module), torch.zeros(8, requires_grad=True))
+        type(module).forward(bare(module), torch.zeros(8, device="cpu", requires_grad=True))
     return "" if len(kept) > 1 else "torch's own op keeps nothing but its input"
 
 
@@ -58,8 +58,10 @@ def _sample(module: nn.Module, parts: Parts, generator: torch.Generator, call: C
     return (torch.randn(4, 16, generator=generator, device=generator.device),)
 
 
-def _forward(module: nn.Module, parts: Parts, x: Tensor) -> Tensor:
-    return bias_act(x, act=parts["act"])
+def _forward(module: nn.Module, parts: Parts, *args: Tensor, **kwargs: Tensor) -> Tensor:
+    if kwargs or len(args) != 1:
+        return type(module).forward(module, *args, **kwargs)
+    return bias_act(*args, act=parts["act"])
 
 
 PATTERN = Pattern("activation", _parts, _refuse, _sample, _forward, sure=False)

@@ -4,9 +4,10 @@ transformers asks the model's config, at every call, which attention function to
 pattern names ours there, for a whole transformers model at a time, and puts the former names back on unpatch. As with
 set_attn_implementation, models that were built from one config object share the choice.
 
-A query that sees no key (padding before a text) gets what the former function gave it: zeros after "sdpa", the mean of
-all values after "eager". Taken over are these two; another choice (flash, flex) is the user's. On CUDA the op
-calls torch's fused attention, with a mask that is made once, and keeps none of it where a part of the model runs again.
+A query that sees no key (padding before a text) gets what the former function gave it: zeros after "sdpa" (on a GPU,
+where that differs between torch's kernels, the mean of all values), the mean of all values after "eager". Taken over
+are these two; another choice (flash, flex) is the user's. On CUDA the op calls torch's fused attention, with a mask
+that is made once, and keeps none of it where a part of the model runs again.
 """
 
 from __future__ import annotations
@@ -27,21 +28,30 @@ from . import pattern, trace
 from .trace import Trace
 
 NAMES = {"sdpa": "petune", "eager": "petune-eager"}
+_OWN = {ours: own for own, ours in NAMES.items()}
 _MARK = "_petune_attention"
 
 
-def bound(root: nn.Module) -> bool:
+def marked(root: nn.Module) -> bool:
     return _MARK in root.__dict__
+
+
+def bound(root: nn.Module) -> bool:
+    """Whether it still is: somebody may have chosen another attention since."""
+    return marked(root) and any(c._attn_implementation_internal in _OWN for c, _ in root.__dict__[_MARK].before)
 
 
 def unfit(root: nn.Module) -> str:
     """Why this model's attention is none of ours, or ''."""
     model: Any = root
     own = getattr(model.config, "_attn_implementation", None)
+    own = _OWN.get(str(own), own)  # from the config of a patched model
     if not model._can_set_attn_implementation():
         return "its attention does not go through transformers' AttentionInterface"
     if own not in ("eager", "sdpa", None):
         return f"attn_implementation is {own!r}, which is kept"
+    if any(getattr(config, "output_attentions", False) for config in _configs(root)):
+        return "its config asks for output_attentions, which transformers allows with eager attention alone"
     return ""
 
 
@@ -88,6 +98,11 @@ def unbind(root: nn.Module) -> None:
     _restore(root.__dict__.pop(_MARK).before)
 
 
+def disown(model: nn.Module) -> None:
+    """Puts transformers' names back wherever ours still stand: in a copied part of a patched model, say."""
+    _restore([(config, _OWN.get(name, name)) for config, name in _named(model)])
+
+
 def served(root: nn.Module) -> list[nn.Module]:
     """The modules whose attention a bound model runs here."""
     return root.__dict__[_MARK].modules
@@ -107,6 +122,11 @@ def _configs(root: nn.Module) -> list[Any]:
     return list(found.values())
 
 
+def _named(root: nn.Module) -> list[tuple[Any, Any]]:
+    """(config, the attention function it names)."""
+    return [(config, config._attn_implementation_internal) for config in _configs(root)]
+
+
 def _register(function: Any) -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
 
@@ -119,7 +139,7 @@ def _register(function: Any) -> None:
 def _switch(root: nn.Module) -> list[tuple[Any, Any]]:
     """Names our functions in every config; returns (config, what it named before)."""
     _register(attention_interface)
-    before = [(config, config._attn_implementation_internal) for config in _configs(root)]
+    before = [(config, _OWN.get(name, name)) for config, name in _named(root)]
     for config, name in before:
         config._attn_implementation_internal = NAMES.get(name or "sdpa", name)
     return before
@@ -127,7 +147,8 @@ def _switch(root: nn.Module) -> list[tuple[Any, Any]]:
 
 def _restore(before: list[tuple[Any, Any]]) -> None:
     for config, name in before:
-        config._attn_implementation_internal = name
+        if config._attn_implementation_internal in _OWN:  # or what somebody chose since stays
+            config._attn_implementation_internal = name
 
 
 @contextlib.contextmanager
@@ -165,7 +186,8 @@ def attention_interface(
     A position_bias (T5's) is added to the mask. While it or the mask itself (Doge's) trains torch's own attention runs,
     which gives its gradient.
 
-    With output_attentions, which needs the [S, K] tensor, the eager function of the model's own file runs.
+    With output_attentions, which needs the [S, K] tensor, the eager function of the model's own file runs. What a query
+    that sees no key gets stays the same.
 
     Raises:
         ValueError: for what eager attention adds and this op does not: softcap, s_aux (sinks), a cache of pages.
@@ -174,7 +196,7 @@ def attention_interface(
         given = kwargs.get(name)
         if given is not None and given is not False:
             raise ValueError(f"attention_interface: {name} is given; not supported, use attn_implementation='eager'")
-    if kwargs.get("output_attentions"):
+    if kwargs.get("output_attentions") or _collected():
         return _with_weights(module, query, key, value, attention_mask, scaling, dropout, is_causal, **kwargs)
     S, K = query.shape[2], key.shape[2]
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
@@ -183,8 +205,8 @@ def attention_interface(
         key, value = key[:, :, :S], value[:, :, :S]
     bias = kwargs.get("position_bias")
     if bias is not None:
-        if attention_mask is not None:
-            attention_mask = op.additive_mask(attention_mask, query.dtype)
+        if attention_mask is not None:  # transformers adds the dtype's minimum to a bias, whatever its masks hold
+            attention_mask = op.additive_mask(attention_mask, query.dtype).clamp_min(torch.finfo(query.dtype).min)
             attention_mask = bias + attention_mask[..., : key.shape[2]]
         else:
             attention_mask = bias[..., : key.shape[2]]
@@ -195,6 +217,12 @@ def attention_interface(
             return op.native(query, key, value, attention_mask, dropout, scale, causal).transpose(1, 2), None
         attention_mask = attention_mask.detach()
     return op.attention(query, key, value, attention_mask, dropout, scaling, causal).transpose(1, 2), None
+
+
+def _collected() -> bool:
+    """Whether transformers collects attentions in this call, by hooks on the modules, which get no argument."""
+    module = sys.modules.get("transformers.utils.output_capturing")
+    return module is not None and "attentions" in (module._active_collector.get() or ())
 
 
 def _with_weights(
@@ -212,8 +240,17 @@ def _with_weights(
     if mask is None and causal and S > 1:
         hidden = torch.ones(S, K, dtype=torch.bool, device=query.device).triu(1 + K - S)
         mask = query.new_zeros(1, 1, S, K).masked_fill(hidden, torch.finfo(query.dtype).min)
+    blind = None
+    if mask is not None:
+        mask = op.additive_mask(mask, query.dtype)
+        blind = (mask == -torch.inf).all(-1, keepdim=True)  # of those eager's softmax makes NaN
+        mask = mask.clamp_min(torch.finfo(query.dtype).min)
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
-    return eager(module, query, key, value, mask, scaling=scale, dropout=dropout, **kwargs)
+    o, weights = eager(module, query, key, value, mask, scaling=scale, dropout=dropout, **kwargs)
+    if blind is not None:
+        o = o.masked_fill(blind.transpose(1, 2), 0.0)
+        weights = None if weights is None else weights.masked_fill(blind, 0.0)
+    return o, weights
 
 
 def attention_mask_interface(
@@ -222,9 +259,9 @@ def attention_mask_interface(
     """The mask to go with it: AttentionMaskInterface.register("petune", attention_mask_interface).
 
     None where nothing is masked; else one additive mask in the model's dtype, made once a forward: [B, 1, 1, K] where
-    every query sees the same keys (an encoder's padding), [B, 1, S, K] otherwise. `masked` is what is added to a masked
-    score: -inf, with which a query that sees nothing gets zeros, as in SDPA; None for the dtype's finite minimum, with
-    which it sees every key alike, as in eager.
+    every query sees the same keys (an encoder's padding), [B, 1, S, K] otherwise. `masked` is added to a masked score:
+    -inf, with which a query that sees nothing gets zeros, as in SDPA (on a GPU `ops.attention.hidden`, with which
+    it sees every key alike); None for the dtype's finite minimum, with which it does so everywhere, as in eager.
     """
     from transformers.masking_utils import bidirectional_mask_function, sdpa_mask
 
@@ -233,6 +270,8 @@ def attention_mask_interface(
     mask = sdpa_mask(**kwargs)
     if mask is None:
         return None
-    return torch.zeros((), dtype=dtype, device=mask.device).where(
-        mask, torch.finfo(dtype).min if masked is None else masked
-    )
+    if masked is None:
+        masked = torch.finfo(dtype).min
+    elif masked == -torch.inf:
+        masked = op.hidden(mask.device)
+    return torch.zeros((), dtype=dtype, device=mask.device).where(mask, masked)

@@ -24,12 +24,12 @@ def _sample(module: nn.Module, parts: Parts, generator: torch.Generator, call: C
     return (torch.randn(4, 16, generator=generator, device=generator.device),)
 
 
-def _forward(module: nn.Dropout, parts: Parts, x: Tensor) -> Tensor:
+def _forward(module: nn.Dropout, parts: Parts, *args: Tensor, **kwargs: Tensor) -> Tensor:
+    if kwargs or len(args) != 1 or module.p >= 1.0 or not args[0].is_floating_point():
+        return nn.Dropout.forward(module, *args, **kwargs)
     if not module.training or module.p == 0.0:
-        return x
-    if module.p >= 1.0 or not x.is_floating_point():
-        return nn.Dropout.forward(module, x)
-    return dropout(x, module.p)
+        return args[0]
+    return dropout(*args, module.p)
 
 
 PATTERN = Pattern("dropout", _parts, _refuse, _sample, _forward)

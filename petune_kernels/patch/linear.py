@@ -55,11 +55,15 @@ def run(w: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
         pays = True  # which torch's own does not take
     else:
         pays = faster(x, w, bias)
-    return frozen_linear(x, w, bias) if pays and Projection(w, bias).takes(x) else F.linear(x, w, bias)
+    # a quantised weight, say, knows torch's linear only
+    pays = pays and type(w) in _TENSORS and Projection(w, bias).takes(x)
+    return frozen_linear(x, w, bias) if pays else F.linear(x, w, bias)
 
 
-def _forward(module: nn.Linear, parts: Parts, x: Tensor) -> Tensor:
-    return run(module.weight, module.bias, x)
+def _forward(module: nn.Linear, parts: Parts, *args: Tensor, **kwargs: Tensor) -> Tensor:
+    if kwargs or len(args) != 1:
+        return type(module).forward(module, *args, **kwargs)
+    return run(module.weight, module.bias, *args)
 
 
 PATTERN = Pattern("linear", _parts, _refuse, _sample, _forward, sure=False)

@@ -80,13 +80,28 @@ def _last(layer: nn.Module, seen: Trace) -> list[nn.Module]:
 
 
 def _part(module: nn.Module, parts: Any, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    return saving.framed(own, args, _without_cache(module, kwargs))
+    return saving.framed(_in_mode(module, own), args, _without_cache(module, kwargs))
 
 
 def _layer(module: nn.Module, parts: Any, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     if module.training and getattr(module, "gradient_checkpointing", False):  # transformers' own, which is on
         return own(*args, **kwargs)
-    return saving.framed(own, args, _without_cache(module, kwargs), whole=True)
+    return saving.framed(_in_mode(module, own), args, _without_cache(module, kwargs), whole=True)
+
+
+def _in_mode(module: nn.Module, own: Callable[..., Any]) -> Callable[..., Any]:
+    """What runs `own`, now and again in backward, and only in the mode that the module is in now: dropout."""
+    mode = module.training
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if module.training != mode:
+            raise RuntimeError(
+                f"memory='recompute' or 'checkpoint': train() or eval() was called between forward and backward; "
+                f"backward runs {type(module).__name__} again, which was in {'training' if mode else 'evaluation'}"
+            )
+        return own(*args, **kwargs)
+
+    return run
 
 
 def _kept(module: nn.Module, parts: Any, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -32,6 +32,11 @@ def _widths(module: nn.Module) -> tuple[int, int] | None:
     return widths if all(isinstance(n, int) for n in widths) else None  # type: ignore[return-value]
 
 
+def _sort(act: nn.Module) -> tuple[Any, ...]:
+    """What tells the activation that was read from another in its place."""
+    return type(act), act.__dict__.get("approximate")
+
+
 def _parts(module: nn.Module, call: Call | None) -> Sequence[Parts]:
     widths = {name: w for name, child in module.named_children() if (w := _widths(child))}
     drops = [name for name, child in module.named_children() if type(child) in (nn.Dropout, pattern.Marker)]
@@ -39,7 +44,7 @@ def _parts(module: nn.Module, call: Call | None) -> Sequence[Parts]:
     if len(acts) != 1 or None in acts.values() or not widths or len(drops) > 1 or len(widths) > 3:
         return ()
     (act, fn), names = next(iter(acts.items())), list(widths)
-    base: dict[str, Any] = {"act": act, "fn": fn, "coded": False}
+    base: dict[str, Any] = {"act": act, "fn": fn, "sort": _sort(getattr(module, act)), "coded": False}
     base["next"] = tuple(m for m in call.next if shared_input.is_projection(m)) if call else ()
     if len(names) == 1:
         return () if drops else ({**base, "up": names[0]},)
@@ -82,10 +87,12 @@ def _halves(dense: Any, x: Tensor, swap: bool) -> tuple[Tensor, Tensor | None, T
     return (gate, None, u) if swap else (u, None, gate)
 
 
-def _forward(module: nn.Module, parts: Parts, x: Tensor) -> Tensor:
+def _forward(module: nn.Module, parts: Parts, *args: Tensor, **kwargs: Tensor) -> Tensor:
     act, gate = getattr(module, parts["act"]), None
-    if "forward" in act.__dict__ or pattern.has_hooks(act):  # somebody listens to it, or changed it
-        return type(module).forward(module, x)
+    changed = "forward" in act.__dict__ or pattern.has_hooks(act) or _sort(act) != parts["sort"]
+    if changed or kwargs or len(args) != 1:  # somebody listens to it, changed it or put another in its place
+        return type(module).forward(module, *args, **kwargs)
+    (x,) = args
     if "both" in parts:
         u, bias, gate = _halves(getattr(module, parts["both"]), x, parts["swap"])
     elif "gate" in parts:

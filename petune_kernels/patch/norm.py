@@ -69,9 +69,10 @@ def widened(x: Tensor) -> Tensor:
     return x.float() if x.is_cuda and torch.is_autocast_enabled("cuda") else x
 
 
-def _forward(module: Any, parts: Parts, x: Tensor, **kwargs: Any) -> Tensor:
-    if kwargs or not serves(module, parts, x):
-        return type(module).forward(module, x, **kwargs)
+def _forward(module: Any, parts: Parts, *args: Tensor, **kwargs: Any) -> Tensor:
+    if kwargs or len(args) != 1 or not serves(module, parts, args[0]):
+        return type(module).forward(module, *args, **kwargs)
+    (x,) = args
     x = widened(x) if parts["kind"] == "layer" else x
     y = residual_norm(x, **settings(module, parts, x))
     assert isinstance(y, Tensor)

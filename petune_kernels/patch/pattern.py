@@ -6,7 +6,6 @@ after that forward has given the same result as the module's own on a small inpu
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -72,6 +71,7 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
 
 
 def has_hooks(module: nn.Module) -> bool:
+    """Its own; those of all modules see what runs as a module."""
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )  # asked at every call: no loop
@@ -164,7 +164,7 @@ def bare(module: nn.Module, twins: dict[nn.Module, nn.Module] | None = None) -> 
     twins = {} if twins is None else twins
     if module in twins:
         return twins[module]
-    twin = twins[module] = copy.copy(module)
+    twin = twins[module] = object.__new__(type(module))  # not copy.copy, which a parametrised module refuses
     twin.__dict__ = dict(module.__dict__, training=False)
     if bound(module) and not foreign_forward(module):
         unbind(twin)

@@ -48,13 +48,14 @@ def _sample(module: nn.Module, parts: Parts, generator: torch.Generator, call: C
     return tuple(pattern.random_rows(like, width, generator) for width in (dense.in_features, norm.normalized_shape[0]))
 
 
-def _forward(module: nn.Module, parts: Parts, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
+def _forward(module: nn.Module, parts: Parts, *args: Tensor, **kwargs: Tensor) -> Tensor:
     children = module._modules
     dense: Any = children[parts["dense"]]
     dropout: Any = children[parts["dropout"]]
     last: Any = children[parts["norm"]]
-    if not is_plain(last, nn.LayerNorm):
-        return type(module).forward(module, hidden_states, input_tensor)
+    if kwargs or len(args) != 2 or not is_plain(last, nn.LayerNorm):
+        return type(module).forward(module, *args, **kwargs)
+    hidden_states, residual = args
     if not is_plain(dropout, nn.Dropout) or dropout.p >= 1.0:
         x, bias, p = dropout(dense(hidden_states)), None, 0.0
     elif is_plain(dense, nn.Linear):
@@ -62,7 +63,7 @@ def _forward(module: nn.Module, parts: Parts, hidden_states: Tensor, input_tenso
     else:
         x, bias, p = dense(hidden_states), None, dropout.p
     y = residual_norm(
-        norm.widened(x), last.weight, last.bias, bias=bias, residual=input_tensor, p=p if dropout.training else 0.0,
+        norm.widened(x), last.weight, last.bias, bias=bias, residual=residual, p=p if dropout.training else 0.0,
         eps=last.eps,
     )  # fmt: skip
     assert isinstance(y, Tensor)

@@ -41,8 +41,16 @@ def _parts(module: nn.Module, call: Call | None) -> Sequence[Parts]:
     found = []
     for (first, second), (mixer, mlp) in ((n, b) for n in permutations(norms) for b in permutations(blocks)):
         for reading in norm.readings(module.get_submodule(second)):
-            parts = {"first": first, "mixer": mixer, "second": second, "mlp": mlp, "norm": reading, "names": names[1:]}
+            parts: dict[str, Any] = {
+                "first": first,
+                "mixer": mixer,
+                "second": second,
+                "mlp": mlp,
+                "norm": reading,
+                "names": names[1:],
+            }
             parts |= {"given": kwargs, "required": _required(module.get_submodule(mixer))}
+            parts |= {"kind": type(module.get_submodule(second))}
             found.append(parts | {"dropout": drops[0] if drops else None})
     return found
 
@@ -111,7 +119,8 @@ def _forward(module: Any, parts: Parts, hidden_states: Tensor, *args: Any, **kwa
     dropout = getattr(module, parts["dropout"]) if parts["dropout"] else None
     settings, x = parts["norm"], hidden_states
     autocast = x.is_cuda and torch.is_autocast_enabled("cuda")  # float32 norms there: see norm.widened
-    if any(name not in parts["given"] for name in passed) or not pattern.undisturbed(second) or autocast:
+    replaced = type(second) is not parts["kind"] or not pattern.undisturbed(second)
+    if any(name not in parts["given"] for name in passed) or replaced or autocast:
         return type(module).forward(module, hidden_states, *args, **kwargs)
     out = mixer(first(hidden_states), **{name: None for name in parts["required"] if name not in passed}, **passed)
     x = out[0] if isinstance(out, tuple) else out

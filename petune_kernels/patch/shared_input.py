@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import meta
+from ..ops import _checks as check
 from ..ops.frozen_linear import faster
 from ..ops.lora_linear import Projection, project
 from . import linear, lora, pattern
@@ -24,12 +25,27 @@ from .pattern import Pattern
 from .trace import Trace
 
 
+class Pending:
+    """What is left for others, as long as nobody changed x, a weight or whether gradients are recorded."""
+
+    def __init__(self, x: Tensor, left: dict[nn.Module, Tensor], weights: list[Tensor]):
+        self.x, self.left = x, left
+        self._read = [] if torch.compiler.is_compiling() else [t for t in (x, *weights) if not t.is_inference()]
+        self._then = self._now()
+
+    def _now(self) -> tuple[Any, ...]:
+        return torch.is_grad_enabled(), check.autocast_dtype(self.x), *[t._version for t in self._read]
+
+    def fresh(self) -> bool:
+        return self._now() == self._then
+
+
 class Group:
     """The projections in the order of their calls, and what the first of them has left for the others."""
 
     def __init__(self, modules: tuple[nn.Module, ...]):
         self.modules = modules
-        self.pending: tuple[Tensor, dict[nn.Module, Tensor]] | None = None
+        self.pending: Pending | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {"modules": self.modules, "pending": None}
@@ -78,16 +94,19 @@ def verify(modules: tuple[nn.Module, ...]) -> str:
     return "; ".join(filter(None, map(pattern.difference, own, together)))
 
 
-def _forward(module: nn.Module, group: Group, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-    if args or kwargs:
-        return type(module).forward(module, x, *args, **kwargs)
+def _forward(module: nn.Module, group: Group, *args: Any, **kwargs: Any) -> Any:
+    if kwargs or len(args) != 1:
+        return type(module).forward(module, *args, **kwargs)
+    (x,) = args
     pending = group.pending
-    if pending is not None and pending[0] is x and module in pending[1]:
-        y = pending[1].pop(module)
-        if not pending[1]:
+    if pending is not None and pending.x is x and module in pending.left:
+        y, fresh = pending.left.pop(module), pending.fresh()
+        if not pending.left or not fresh:
             group.pending = None
-        return y
-    members = group.modules if module is group.modules[0] else (module,)
+        if fresh:
+            return y
+    alone = module is not group.modules[0] or _untold(x)
+    members = (module,) if alone else group.modules
     found: list[tuple[nn.Module, Projection]] = []
     own, gains = None, False
     for member in members:
@@ -105,8 +124,13 @@ def _forward(module: nn.Module, group: Group, x: Tensor, *args: Any, **kwargs: A
         return linear.run(own.w, own.bias, x)
     left = dict(zip([member for member, _ in found], project(x, [it for _, it in found]), strict=True))
     y = left.pop(module)
-    group.pending = (x, left) if left else None
+    group.pending = Pending(x, left, [t for _, it in found for t in it[:5] if t is not None]) if left else None
     return y
+
+
+def _untold(x: Tensor) -> bool:
+    """Whether x would not say that somebody changed it."""
+    return not torch.compiler.is_compiling() and x.is_inference()
 
 
 def _gains(it: Projection, x: Tensor) -> bool:

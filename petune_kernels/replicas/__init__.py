@@ -323,6 +323,11 @@ class Replicas:
             raise ValueError(f"the batch has {rows} rows; accepted is a multiple of the {G} replicas in it")
         if any(m.__dict__.get("forward") is not forward for m, forward in self._bound):
             raise ReplicaError("a forward was replaced or taken off since `replicate`; release() first")
+        own = self._rows[self.active[0]]
+        if not torch.compiler.is_compiling() and any(
+            own[n].data_ptr() != p.data_ptr() for n, p in self._packed.items()
+        ):
+            raise ReplicaError("the model was moved or cast since `replicate`, the replicas' parameters were not")
         if any(getattr(m, "gradient_checkpointing", False) and m.training for m in self.model.modules()):
             raise ReplicaError("transformers' gradient checkpointing would draw other dropout masks in backward")
 
