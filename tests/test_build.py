@@ -11,6 +11,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 from petune_kernels import backends
 
@@ -70,6 +71,23 @@ def test_stable_abi() -> None:
         torch_use = found["torch"]
         assert torch_use["uses_torch"] and torch_use["stable"] and not torch_use["unstable_symbols"], torch_use
         assert torch_use["min_torch_version"] == "2.10.0"
+
+
+@pytest.mark.skipif(bool(backends.MISSING["cpu"]), reason="the extension is not installed")
+def test_a_raw_call_reads_nothing_out_of_bounds() -> None:
+    """What petune_kernels.ops makes alike before it calls: dtypes and sizes of what is read beside x."""
+    x, other, small = torch.zeros(4, 64), torch.zeros(3, 64), torch.ones(64)
+    raw = torch.ops.petune
+    with pytest.raises(RuntimeError, match="parameters are in the rows' dtype or float32"):
+        raw.residual_norm(x, None, None, small.bfloat16(), None, None, 0.0, 1e-5, False, False, False)
+    for rows in (other, x.bfloat16()):
+        with pytest.raises(RuntimeError, match="one size and one dtype"):
+            raw.residual_norm(x, None, rows, small, None, None, 0.0, 1e-5, False, False, False)
+        with pytest.raises(RuntimeError, match="one size and one dtype"):
+            raw.bias_act(x, None, rows, 0)
+    wanted = (False, True, False, False, False)
+    with pytest.raises(RuntimeError, match="rstd is float32, one a row"):
+        raw.residual_norm_backward(x, None, x, small[:3], None, small, None, None, 0.0, False, False, *wanted)
 
 
 @pytest.mark.skipif(bool(backends.MISSING["cpu"]), reason="the extension is not installed")

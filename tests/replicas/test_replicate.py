@@ -225,6 +225,18 @@ def test_a_call_that_would_mix_replicas_is_refused() -> None:
         model(**unlabelled(inputs))
 
 
+@pytest.mark.parametrize("move", (nn.Module.half, lambda model: model.half().float()), ids=("cast", "there and back"))
+def test_a_model_that_was_moved_is_refused(move: Any) -> None:
+    """Its packed parameters are others then than those whose rows the runs' optimizers hold."""
+    model: Any = make("bert", "layernorm")
+    runs = pk.replicate(model, [0, 1], init=init)
+    batch = runs.repeat(unlabelled(next(data("bert", 0))))
+    model(**batch)
+    move(model)
+    with pytest.raises(pk.ReplicaError, match="moved or cast since `replicate`"):
+        model(**batch)
+
+
 def test_packing_again_and_unpatching_are_refused() -> None:
     model: Any = make("llama", "layernorm")
     runs = pk.replicate(model, [0, 1], init=init)
