@@ -175,6 +175,34 @@ def render_memory(
     return "\n".join(lines)
 
 
+def lora_results() -> dict[int, dict[str, Any]]:
+    """By the number of rows, the newest complete result of `ops --op lora_linear` with them."""
+    found: dict[int, dict[str, Any]] = {}
+    for path in sorted((ROOT / "bench" / "results").glob("*-ops-lora-*.json")):
+        result = json.loads(path.read_text())
+        if result["complete"]:
+            found[result["rows"][0]["case"]["tokens"]] = result | {"file": path.name}
+    return dict(sorted(found.items(), reverse=True))
+
+
+def render_lora() -> str:
+    """PEFT's time over ours for each shape of projection, by factors, dropout and rows."""
+    results, places = lora_results(), {"H to H": "384 to 384", "H to N": "384 to 1536", "N to H": "1536 to 384"}
+    places["N to N"] = "1536 to 1536"
+    kinds = {"fp32 (PEFT's default)": " float32 adapter", "bf16": "", "bf16, rank 16": " rank 16"}
+    lines = [f"`{result['command']}` ({result['file']})  " for result in results.values()]
+    lines += ["", f"| factors | p | T | {' | '.join(places.values())} |", f"|---|---|---|{'---|' * len(places)}"]
+    for kind, ending in kinds.items():
+        for p in ("0.1", "0.0"):
+            for rows, result in results.items():
+                by_use = {row["case"]["use"]: row["petune_over"].get("eager") for row in result["rows"]}
+                cells = [by_use.get(f"{place} p={p}{ending}") for place in places]
+                if any(cells):
+                    texts = [f"{c['median']:.2f} [{c['low']:.2f}, {c['high']:.2f}]" if c else "-" for c in cells]
+                    lines.append(f"| {kind} | {float(p):g} | {rows} | {' | '.join(texts)} |")
+    return "\n".join([*lines, ""])
+
+
 def render_studies() -> str:
     """Of each of the project's studies the main table and that of stock beside patched."""
     blocks = []
@@ -223,7 +251,7 @@ def main() -> int:
     if (found := memory_result()) is not None:
         kernels = ROOT / "docs" / "kernels.md"
         texts[readme] = replaced(after, "memory", render_memory(found, ["bert-base"], memory.MAIN))
-        texts[kernels] = replaced(kernels.read_text(), "memory", render_memory(found))
+        texts[kernels] = replaced(replaced(kernels.read_text(), "memory", render_memory(found)), "lora", render_lora())
     if check:
         return int(any(text != path.read_text() for path, text in texts.items()))
     for path, text in texts.items():

@@ -177,7 +177,7 @@ def regimes(
         str,
         typer.Argument(
             help="A local model folder, a built-in shape (bert-base, bert-large, roberta-base, "
-            "roberta-large, minilm), or a model type of transformers (electra, ...)."
+            "roberta-large, minilm, tinyllama), or a model type of transformers (electra, ...)."
         ),
     ] = "bert-base",
     labels: Annotated[int, typer.Option(min=1, help="Classes of the head.")] = 2,
@@ -236,8 +236,8 @@ def doctor() -> None:
 )
 @_plain_errors
 def bench(context: typer.Context) -> None:
-    """Run the benchmark of the repository: petune bench ops, layers, models, memory, packed or
-    overhead, with --help for each.
+    """Run the benchmark of the repository: petune bench ops, layers, models, memory, packed,
+    overhead or collect, with --help for each.
 
     The benchmark is no part of the installed package: it needs a checkout, installed editable or run from its root.
     Without one this command says so and exits with 2.
@@ -246,7 +246,9 @@ def bench(context: typer.Context) -> None:
 
     root = Path(__file__).resolve().parents[1]
     if not (root / "bench" / "__main__.py").is_file():
-        raise InputError("the benchmark comes with the repository; clone it, `pip install -e .`, and try again there")
+        raise InputError(
+            "the benchmark comes with the repository: clone it, `pip install --no-build-isolation -e .`, try there"
+        )
     sys.path.insert(0, str(root))
     from bench.__main__ import main
 

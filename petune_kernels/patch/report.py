@@ -58,7 +58,11 @@ class PatchReport:
         return {e.path: e.reason for e in self.entries if not e.pattern and e.candidate}
 
     def _title(self) -> str:
-        return f"{len(self.patched)} modules patched (with {len(self.parts)} parts), {len(self.left_alone)} left alone"
+        level = "" if self.memory == "exact" else f', memory="{self.memory}"'
+        counts = (
+            f"{len(self.patched)} modules patched (with {len(self.parts)} parts), {len(self.left_alone)} left alone"
+        )
+        return counts + level
 
     def __str__(self) -> str:
         rows = (f"  {count:4d}  {kind:16s} {path}: {what}" for path, kind, count, what in self._rows())

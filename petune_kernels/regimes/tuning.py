@@ -239,7 +239,10 @@ def _check_types(
     if not isinstance(regime, str):
         raise wrong("regime", regime, "a str")
     if regime not in _REGIMES:
-        raise ValueError(f"regime: {regime!r} is unknown; the regimes are {', '.join(_REGIMES)}")
+        raise ValueError(
+            f"regime: {regime!r} is unknown; the regimes are {', '.join(_REGIMES)}. LoRA, prefix and others are "
+            "PEFT's: get_peft_model chooses what trains"
+        )
     if layers is not None:
         if not isinstance(layers, Sequence) or isinstance(layers, (str, bytes)):
             raise wrong("layers", layers, "a list of block indices, or None for all blocks")

@@ -212,7 +212,7 @@ def mount(app: typer.Typer, plain_errors: Any, console: Console) -> None:
             list[str] | None, typer.Option("--option", help="Of the method, key=value.", show_default="none")
         ] = None,
         recipe: Annotated[
-            list[str] | None, typer.Option("--recipe", help="lr=1e-3, epochs=3, ...", show_default="lr=1e-3")
+            list[str] | None, typer.Option("--recipe", help="lr=..., epochs=..., ...", show_default="lr=1e-3 epochs=3")
         ] = None,
         wi: Annotated[int, typer.Option(min=0, help="Seed of new weights.")] = 0,
         do: Annotated[int, typer.Option(min=0, help="Seed of data order and dropout.")] = 0,
@@ -222,7 +222,11 @@ def mount(app: typer.Typer, plain_errors: Any, console: Console) -> None:
         dropout: Annotated[bool, typer.Option(help="The model's dropout rates, or none.")] = True,
     ) -> None:
         """Tune a model on a task once; save the outcome (JSON) and the model or adapter (save_pretrained)."""
-        given = recipe or ["lr=1e-3", "epochs=3"]
+        given = list(recipe or [])
+        if not any(one.startswith("lr=") for one in given):
+            given.append("lr=1e-3")
+        if not any(one.startswith(("epochs=", "steps=")) for one in given):
+            given.append("epochs=3")
         tune(console, model, method, task, file, option or [], given, wi, do, to, device, patched, dropout)
 
     @app.command(name="report")

@@ -14,6 +14,8 @@ import torch
 
 import petune_kernels as pk
 
+ENVIRONMENT = ("LD_PRELOAD", "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "OMP_NUM_THREADS", "KMP_BLOCKTIME")
+"""What changes times or memory from outside."""
 PACKAGES = ("triton", "transformers", "peft", "numpy")
 
 
@@ -30,6 +32,7 @@ def describe() -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {"petune_kernels": pk.__version__, "torch": torch.__version__}  # an index's torch hides its +cu130
         | {name: version(name) for name in PACKAGES},
+        "environment": {name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
         "git": git_commit(),
     }
 
