@@ -43,7 +43,10 @@ _ONEDNN = (
 
 
 def onednn_pays(x: Tensor, features: int) -> bool:
-    """Whether the product of x [.., K] and a matrix of K x features, of x's dtype, is oneDNN's: on a CPU, and large."""
+    """Whether the product of x [.., K] and a matrix of K x features, of x's dtype, is oneDNN's: on a CPU, and large.
+
+    Called by itself it takes memory for dense, whatever the strides say: who calls it looks at them.
+    """
     if x.numel() * features < _ONEDNN_FROM or x.dtype not in _ONEDNN:
         return False
     return meta.kind(x.device) == "cpu" and bool(torch.backends.mkldnn.enabled)
@@ -51,14 +54,14 @@ def onednn_pays(x: Tensor, features: int) -> bool:
 
 def _linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
     """x w^T + bias; x [T, K], w [N, K], bias [N]."""
-    if onednn_pays(x, w.shape[0]):
+    if onednn_pays(x, w.shape[0]) and w.is_contiguous() and (bias is None or bias.is_contiguous()):
         return torch.ops.mkldnn._linear_pointwise(x, w, bias, "none", [], "")
     return F.linear(x, w, bias)
 
 
 def _times(dy: Tensor, w: Tensor) -> Tensor:
     """dy w; dy [T, N], w [N, K]."""
-    if onednn_pays(dy, w.shape[1]):
+    if onednn_pays(dy, w.shape[1]) and w.is_contiguous():
         return torch.ops.mkldnn._linear_pointwise(dy, w.T, None, "none", [], "")
     return dy @ w
 

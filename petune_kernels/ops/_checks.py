@@ -9,11 +9,13 @@ from __future__ import annotations
 from typing import TypeVar
 
 import torch
+from torch.autograd import forward_ad
 
 from ..meta import autocasts
 
 _Given = TypeVar("_Given", torch.Tensor, torch.Tensor | None)
 
+_NEEDED = ("x", "u", "q", "k", "v")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -44,7 +46,10 @@ def usual(x: torch.Tensor, alike: tuple[torch.Tensor | None, ...], small: tuple[
 
 
 def tracked(*tensors: torch.Tensor | None) -> bool:
-    """Whether autograd records an op of these."""
+    """Whether autograd records an op of these, or forward-mode differentiation is on, which a Function refuses and an
+    op called past it would ignore."""
+    if forward_ad._current_level >= 0:
+        return True
     if torch.is_grad_enabled():
         for t in tensors:
             if t is not None and t.requires_grad:
@@ -54,7 +59,7 @@ def tracked(*tensors: torch.Tensor | None) -> bool:
 
 def floating(op: str, **tensors: torch.Tensor | None) -> None:
     for name, t in tensors.items():
-        if t is None:
+        if t is None and name not in _NEEDED:
             continue
         if not isinstance(t, torch.Tensor):
             raise TypeError(f"{op}: {name} is {type(t).__name__}; accepted is a torch.Tensor")
@@ -108,6 +113,8 @@ def small(op: str, T: int, H: int, **params: torch.Tensor | None) -> int:
         if t.dim() == 1:
             continue
         g = t.shape[0]
+        if g == 1:
+            continue
         if G not in (1, g):
             raise ValueError(f"{op}: {name} has {g} replicas, another parameter has {G}; they must agree")
         if g == 0 or T % g:
@@ -117,21 +124,25 @@ def small(op: str, T: int, H: int, **params: torch.Tensor | None) -> int:
 
 
 def per_replica(G: int, *params: torch.Tensor | None) -> list[torch.Tensor | None]:
-    """A trained parameter [H] beside others [G, H] as [G, H], as kernels give gradients; frozen ones stay."""
+    """A trained parameter [H] beside others [G, H] as [G, H], as kernels give gradients; frozen ones stay. [1, H] is
+    [H]."""
     if G == 1:
         return list(params)
+    params = tuple(t[0] if t is not None and t.dim() == 2 and t.shape[0] == 1 else t for t in params)
     return [t.expand(G, -1).contiguous() if t is not None and t.dim() == 1 and t.requires_grad else t for t in params]
 
 
-def seeds(op: str, seed: torch.Tensor | None, T: int, G: int, device: torch.device) -> None:
+def seeds(op: str, seed: torch.Tensor | None, T: int, G: int, device: torch.device) -> torch.Tensor | None:
+    """The seeds, dense, if there are any."""
     if seed is None:
-        return
+        return None
     if not isinstance(seed, torch.Tensor) or seed.dtype != torch.int64 or seed.dim() != 1:
         raise TypeError(f"{op}: seed is {seed!r}; accepted is an int64 tensor [1] or [G]")
     if seed.shape[0] not in (1, G) and (G != 1 or seed.shape[0] == 0 or T % seed.shape[0]):
         raise ValueError(f"{op}: seed has {seed.shape[0]} elements; accepted are 1 or one for each of {G} replicas")
     if seed.device != device:
         raise ValueError(f"{op}: seed is on {seed.device}, x is on {device}; they must share one device")
+    return dense(seed)
 
 
 def dense(x: _Given) -> _Given:

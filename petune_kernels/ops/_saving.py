@@ -60,7 +60,7 @@ class Recipe:
         return self.make(*(part.again(kept) if isinstance(part, Recipe) else next(kept) for part in self.parts))
 
     def __reduce__(self) -> Any:
-        return type(None), ()  # a tensor that is pickled or copied forgets how it was made
+        return set, ()  # a tensor that is pickled or copied forgets how it was made; weights-only loading knows a set
 
 
 Item = Tensor | Recipe | None
@@ -116,18 +116,25 @@ def load(ctx: Any) -> Sequence[Any]:
 
 
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """torch's, without its cost where no second derivative is asked for: gradients are off then."""
-    checked = torch.autograd.function.once_differentiable(backward)
+    """A backward that has no derivative, and says so at once: torch's own guard, where dy needs no gradient (the sum of
+    outputs), lets a second derivative through that lacks what this one would add."""
+    op = backward.__qualname__.partition(".")[0]
 
     @functools.wraps(backward)
     def wrapper(ctx: Any, *dy: Any) -> Any:
-        return (checked if torch.is_grad_enabled() else backward)(ctx, *dy)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                f"{op}: backward with create_graph=True, and this op has no second derivative; pk.unpatch(model) gives "
+                "stock's"
+            )
+        return backward(ctx, *dy)
 
     return wrapper
 
 
 def describe(t: Tensor, recipe: Recipe) -> None:
-    """Says how t, just made, can be made again. Forgotten as soon as t is changed in place."""
+    """Says how t, just made, can be made again. Forgotten as soon as t is changed in place; what goes past autograd's
+    version counter (t.data, t.numpy()) is not seen."""
     if not torch.compiler.is_compiling():
         _owner(t).__dict__[_RECIPE] = (recipe, t._version)
 
@@ -145,7 +152,7 @@ def known(t: Tensor) -> Item:
         return t
     owner = _owner(t)
     recipe, version = owner.__dict__.get(_RECIPE, (None, 0))
-    if recipe is None or version != owner._version:
+    if not isinstance(recipe, Recipe) or version != owner._version:
         return t
     if owner is t:
         return recipe

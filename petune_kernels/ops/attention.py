@@ -15,7 +15,7 @@ b counts within each: a replica's mask is the one that its own B/G batch rows wo
 
 A row that sees nothing (every column -inf) has o = 0 and no gradient, where eager has NaN. A row whose mask
 holds the dtype's finite minimum everywhere, as Hugging Face writes it, sees every column alike, as in eager. On a GPU
-every mask made here is finite (`hidden`), so that a row that sees nothing sees every column alike, too.
+every mask made here is finite (`hidden`): a row that sees nothing gets what it would get without a mask.
 
 Saved: q, k, v (grouped heads once), the mask and the seed; in a frame (_saving.py) not q, k and v. Eager keeps the
 softmax, its dropped copy and the mask: three [B, h, S, K] tensors. The mask gets no gradient: it would be the [S, K]
@@ -143,15 +143,15 @@ def additive_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
         return torch.zeros((), dtype=dtype, device=mask.device).where(mask, hidden(mask.device))
     if mask.dtype == dtype:
         return mask
-    finite = torch.finfo(dtype)
-    return mask.clamp(finite.min, finite.max).where(mask.isfinite(), mask).to(dtype)
+    finite, narrow = torch.finfo(dtype), mask.to(dtype)
+    return narrow.clamp(finite.min, finite.max).where(mask.isfinite(), narrow)
 
 
 def _check_mask(op: str, mask: Tensor, q: Tensor, K: int) -> Tensor:
     """The mask in q's dtype, expanded to [B, h, S, K] without a copy: its repeated dimensions have stride 0."""
     if not isinstance(mask, Tensor):
         raise TypeError(f"{op}: mask is {type(mask).__name__}; accepted is a torch.Tensor")
-    if mask.requires_grad:
+    if mask.requires_grad and torch.is_grad_enabled():
         raise ValueError(
             f"{op}: mask requires grad; accepted is a mask that does not, because its gradient is the [S, K] tensor "
             "this op never builds. Use eager attention for a learned bias"
@@ -171,7 +171,7 @@ def _check_mask(op: str, mask: Tensor, q: Tensor, K: int) -> Tensor:
 def _once(mask: Tensor) -> Tensor:
     """An expanded mask [B, h, S, K] without its repetitions over the first three dimensions."""
     for dim in range(3):
-        if mask.stride(dim) == 0:
+        if mask.stride(dim) == 0 and mask.shape[dim]:
             mask = mask.narrow(dim, 0, 1)
     return mask
 
@@ -232,7 +232,7 @@ def attention(
     check.same_device(op, q, k=k, v=v, mask=mask)
     check.probability(op, p)
     _check_heads(op, q, k, v)
-    check.seeds(op, seed, q.shape[0], 1, q.device)
+    seed = check.seeds(op, seed, q.shape[0], 1, q.device)
     if scale is None:
         scale = q.shape[3] ** -0.5
     if mask is not None:
@@ -240,7 +240,7 @@ def attention(
     place = saving.place()
     if place:
         place.leave(q, k, v)
-    tracked = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
+    tracked = check.tracked(q, k, v)
     if _native(q) and seed is None and not (p and packed()):
         if place and tracked:
             o = NativeAgain.apply(q, k, v, mask, p, scale, causal, place)
@@ -254,6 +254,13 @@ def attention(
     q, k, v = _dense_rows(q), _dense_rows(k), _dense_rows(v)
     if tracked:
         return _left(Attention.apply(q, k, v, mask, seed, p, scale, causal, place))
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1 and q.shape[2] == 1 and seed is None and (mask is None or mask.stride(1) == 0):
+        # the one row of heads that share keys (a decoder that generates) as rows of one head: no copy of the cache
+        rows = q.reshape(q.shape[0], -1, groups, q.shape[3])
+        seen = None if mask is None else mask[:, : rows.shape[1]].expand(-1, -1, groups, -1)
+        o = pick(op, q)(rows, k, v, seen, None, p, scale, False)
+        return _left(o.reshape(q.shape))
     return _left(pick(op, q)(q, *_per_head(q, k, v), mask, seed, p, scale, causal))
 
 

@@ -52,6 +52,6 @@ def column_sum(x: Tensor, groups: int = 1) -> Tensor:
     if T % groups:
         raise ValueError(f"{op}: groups is {groups}, which does not divide the {T} rows of x")
     x = check.as_rows(check.dense(x))
-    if torch.is_grad_enabled() and x.requires_grad:
+    if check.tracked(x):
         return ColumnSum.apply(x, groups)
     return pick(op, x)(x, groups)

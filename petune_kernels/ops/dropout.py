@@ -62,12 +62,12 @@ def dropout(x: Tensor, p: float = 0.5, training: bool = True, seed: Tensor | Non
     op = "dropout"
     check.floating(op, x=x)
     check.probability(op, p)
-    check.seeds(op, seed, x.numel(), 1, x.device)
+    seed = check.seeds(op, seed, x.numel(), 1, x.device)
     if not training or p == 0.0:
         return x
     if seed is None:
         seed = new_seed(x.device)
     x = x.contiguous()
-    if torch.is_grad_enabled() and x.requires_grad:
+    if check.tracked(x):
         return Dropout.apply(x, seed, p)
     return pick(op, x)(x, seed, p)

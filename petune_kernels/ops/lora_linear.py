@@ -335,8 +335,7 @@ def lora_linear(
     G = 1
     if not (are_rows(x) and all(usual(x, it) for it in its)):
         G = _replicas(op, x, its, autocast=dtype is not None)
-    for one_seed in seeds:
-        check.seeds(op, one_seed, x.numel() // x.shape[-1], G, x.device)
+    seeds = [check.seeds(op, one_seed, x.numel() // x.shape[-1], G, x.device) for one_seed in seeds]
     y = _run(x, its, seeds, G, path)
     return y[0] if single else y
 

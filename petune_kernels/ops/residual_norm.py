@@ -168,9 +168,9 @@ def residual_norm(
         bias, gamma, beta = check.per_replica(G, *check.one_dtype(x, bias, gamma, beta))
         x, residual = check.dense(x), check.dense(residual)
     check.probability(op, p)
-    if not eps >= 0.0:
+    if not isinstance(eps, (int, float)) or not eps >= 0.0:
         raise ValueError(f"{op}: eps is {eps!r}; accepted is a number of at least 0")
-    check.seeds(op, seed, x.numel() // x.shape[-1], G, x.device)
+    seed = check.seeds(op, seed, x.numel() // x.shape[-1], G, x.device)
     if p == 0.0:
         seed = None
     elif seed is None:

@@ -5,9 +5,9 @@ pattern names ours there, for a whole transformers model at a time, and puts the
 set_attn_implementation, models that were built from one config object share the choice.
 
 A query that sees no key (padding before a text) gets what the former function gave it: zeros after "sdpa" (on a GPU,
-where that differs between torch's kernels, the mean of all values), the mean of all values after "eager". Taken over
-are these two; another choice (flash, flex) is the user's. On CUDA the op calls torch's fused attention, with a mask
-that is made once, and keeps none of it where a part of the model runs again.
+where that differs between torch's kernels, what it would get without a mask), the mean of all values after "eager".
+Taken over are these two; another choice (flash, flex) is the user's. On CUDA the op calls torch's fused attention, with
+a mask that is made once, and keeps none of it where a part of the model runs again.
 """
 
 from __future__ import annotations
@@ -261,7 +261,7 @@ def attention_mask_interface(
     None where nothing is masked; else one additive mask in the model's dtype, made once a forward: [B, 1, 1, K] where
     every query sees the same keys (an encoder's padding), [B, 1, S, K] otherwise. `masked` is added to a masked score:
     -inf, with which a query that sees nothing gets zeros, as in SDPA (on a GPU `ops.attention.hidden`, with which
-    it sees every key alike); None for the dtype's finite minimum, with which it does so everywhere, as in eager.
+    it is as without a mask); None for the dtype's finite minimum, with which it sees every key alike, as in eager.
     """
     from transformers.masking_utils import bidirectional_mask_function, sdpa_mask
 

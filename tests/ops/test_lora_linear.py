@@ -245,9 +245,8 @@ def test_gradcheck(p, G):
 
 def test_double_backward_is_refused():
     leaf = leaves(problem(4, 5, 3, 2, torch.float32, torch.float32))
-    (dx,) = torch.autograd.grad(lora_linear(**leaf)[0].square().sum(), leaf["x"], create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        dx.sum().backward()
+    with pytest.raises(RuntimeError, match="create_graph=True, and this op has no second derivative"):
+        torch.autograd.grad(lora_linear(**leaf)[0].square().sum(), leaf["x"], create_graph=True)
 
 
 @pytest.mark.parametrize("adapter", [torch.float32, torch.bfloat16], ids=str)
