@@ -123,7 +123,8 @@ def cut(source: Source, spec: TaskSpec, out_of_domain: dict[str, Examples] | Non
     """Train, validation and test parts of a source with held-out parts, by the spec's protocol.
 
     Leaks are removed before rows are drawn, so the numbers of rows are those asked for where the data suffice. Drawn
-    rows keep their order, and a smaller sample of the same seed is a part of a larger one.
+    rows keep their order, and a smaller sample of the same seed is a part of a larger one. No training row stands
+    anywhere in the held-out part, whichever half is read, so that runs on either half train on the same rows.
     """
     if not source.tests:
         raise InputError(f"task {spec.name!r} has no held-out part")
@@ -147,7 +148,7 @@ def cut(source: Source, spec: TaskSpec, out_of_domain: dict[str, Examples] | Non
     if not spec.leaky:
         validation, count = _without(validation, seen)
         dropped += count
-    train, count = _without(train, seen | set(validation.keys()))
+    train, count = _without(train, seen | set(validation.keys()) | set(held.keys()))
     dropped += count
     if dropped and spec.leaks == "refuse":
         raise InputError(

@@ -45,6 +45,17 @@ def test_halves_of_dev() -> None:
     assert other.tests != fair.tests
 
 
+def test_both_halves_of_dev_train_on_the_same_rows_whichever_of_them_repeats_a_training_text() -> None:
+    plain = cut(source(), spec(protocol="dev1-dev2"))
+    for part in (plain.validation, plain.tests["test"]):
+        repeated = [*part.texts[:4], *(f"train {i}" for i in range(96))]
+        twice = source(train=Examples(repeated, None, [i % 2 for i in range(100)]))
+        halves = {"train_rows": 20, "validation_rows": 10, "test_rows": 10}
+        fair, leaking = (cut(twice, spec(protocol=p, **halves)) for p in ("dev1-dev2", "dev2-dev2"))
+        assert fair.train == leaking.train and fair.dropped == leaking.dropped == 4
+        assert fair.tests == leaking.tests and len(fair.validation) == len(leaking.validation) == 10
+
+
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_leaky_says_whether_validation_and_test_overlap(protocol: str) -> None:
     task = cut(source(), spec(protocol=protocol, test_rows=10, validation_rows=10))
