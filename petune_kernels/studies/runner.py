@@ -146,6 +146,7 @@ def describe(run: Run, task: TaskData) -> dict[str, Any]:
         "id": run.id,
         "task": run.task.title,
         "source": run.task.name,
+        "data": task.fingerprint,
         "method": run.method.title,
         "label": run.method.label or run.method.name,
         "scale": run.method.scale,
@@ -189,13 +190,14 @@ def run(
     place, world = rank()
     device = local_device(device)
     path = folder / ("runs.jsonl" if world == 1 else f"runs.{place}.jsonl")
-    header = {"spec": dataclasses.asdict(study), "command": " ".join(["petune", *sys.argv[1:]])}
-    header |= {"started": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+    header = {"command": " ".join(["petune", *sys.argv[1:]]), "started": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
     with store.Store(path, study, header | {"machine": machine.describe()}) as results:
         if results.recovered:
             console.print(f"{path}: half a line at the end was cut off; its run is done again", markup=False)
         done = store.collect(folder, study)
         todo = [r for i, r in enumerate(runs) if i % world == place and r.id not in done]
+        if todo:
+            _same_data(runs, done)
         columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
         with Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=console) as progress:
             mine = len([r for i, r in enumerate(runs) if i % world == place])
@@ -217,6 +219,17 @@ def run(
                 results.append(record)
                 progress.update(bar, advance=1, description=record["id"])
     return list(store.collect(folder, study).values())
+
+
+def _same_data(runs: list[Run], done: dict[str, dict[str, Any]]) -> None:
+    """Raises InputError if a task's texts or labels are not those of its runs in `done`; older records do not tell."""
+    found = {(run.task, done[run.id]["data"]) for run in runs if "data" in done.get(run.id, {})}
+    for task, fingerprint in found:
+        if (now := load_task(task).fingerprint) != fingerprint:
+            raise InputError(
+                f"task {task.title!r} ({task.protocol}): its texts or labels are not those that earlier runs read "
+                f"({now}, not {fingerprint}); restore the data or choose another --out"
+            )
 
 
 def _apart(

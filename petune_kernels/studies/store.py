@@ -6,6 +6,7 @@ run is done again. Any other damage, and a file of another study, is refused and
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import json
 import math
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from .errors import InputError
-from .study import Study
+from .study import Study, parse
 
 VERSION = 1
 
@@ -28,7 +29,10 @@ class Store:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             if not path.exists():
-                _create(path, {"petune_study": VERSION, "hash": study.hash, "study": study.name, **header})
+                spec = dataclasses.asdict(study)
+                _create(
+                    path, {"petune_study": VERSION, "hash": study.hash, "study": study.name, "spec": spec, **header}
+                )
             check(path, study)
             self._file: IO[bytes] = path.open("r+b")
         except OSError as error:
@@ -66,9 +70,16 @@ class Store:
 
 
 def check(path: Path, study: Study) -> None:
-    """Raises InputError if the file is not a result of this very study."""
+    """Raises InputError if the file is not a result of this very study, as far as runs depend on what it says.
+
+    The hash is made anew from the study that the header holds: files of earlier versions have one of other keys.
+    """
     header = _header(path)
-    if header["hash"] != study.hash:
+    try:
+        same = parse(header["spec"]).hash == study.hash
+    except (InputError, KeyError):
+        same = False
+    if not same:
         raise InputError(
             f"{path} holds results of another study ({header.get('study')!r}, {header['hash']}), not of "
             f"{study.name!r} ({study.hash}); choose another --out. Nothing was changed"

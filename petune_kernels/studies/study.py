@@ -1,7 +1,7 @@
 """A study as a TOML file: which model, tasks, methods, seeds and recipe, and the runs that they make together.
 
-Keys are strict: an unknown one is an error that names the nearest. The hash of what the file says, not of its layout,
-ties a result file to its study.
+Keys are strict: an unknown one is an error that names the nearest. The hash of what its runs depend on, not of the
+file's layout, ties a result file to its study.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ KINDS = {
     "classification-head": "ways to a classification head, in and out of domain (A Good Classification Head)",
 }
 VARY = ("global", "wi", "do")
+READ_LATER = ("reference", "test", "alpha", "correction")
+"""Keys that only tables read: no run depends on them, and none on the number of seeds."""
 
 
 @dataclass(frozen=True)
@@ -135,8 +137,9 @@ class Study:
 
     @property
     def hash(self) -> str:
-        content = json.dumps(dataclasses.asdict(self), sort_keys=True)
-        return hashlib.sha256(content.encode()).hexdigest()[:16]
+        content = {key: value for key, value in dataclasses.asdict(self).items() if key not in READ_LATER}
+        del content["seeds"]["runs"]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
     def methods_of(self, layers: int | None) -> list[MethodSpec]:
         """The methods, those with each_layer once for each of the model's `layers`."""

@@ -6,6 +6,9 @@ when higher. GLUE's and SuperGLUE's choices are in `NAMED`.
 
 from __future__ import annotations
 
+import functools
+import hashlib
+import json
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -86,6 +89,13 @@ class TaskData:
         if not self.regression and len(set(self.train.labels)) < 2:
             raise InputError(f"task {self.name!r}: the training part has one class only; more rows are needed")
         object.__setattr__(self, "baseline", {part: self._constant(rows) for part, rows in self.tests.items()})
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Of the texts and labels of every part: equal ones mean the same data, wherever it was read from."""
+        parts = {"train": self.train, "validation": self.validation} | {f"test {n}": p for n, p in self.tests.items()}
+        rows = {name: [part.texts, part.pairs, part.labels] for name, part in parts.items()}
+        return hashlib.sha256(json.dumps(rows, sort_keys=True, default=float).encode()).hexdigest()[:16]
 
     def _constant(self, rows: Examples) -> float:
         if self.regression:

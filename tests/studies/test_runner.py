@@ -154,6 +154,59 @@ def test_a_result_file_of_another_study_is_refused(tmp_path: Path) -> None:
     assert (tmp_path / "runs.jsonl").read_bytes() == before
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"reference": "lora"},
+        {"test": "welch"},
+        {"alpha": 0.01},
+        {"correction": "holm"},
+        {"seeds": {"runs": 4, "first": 10}},
+    ],
+)
+def test_what_no_run_depends_on_may_change(tmp_path: Path, changes: dict[str, Any]) -> None:
+    found, which = go(tmp_path), study(**changes)
+    assert list(store.collect(tmp_path, which).values()) == found
+    assert len(go(tmp_path, which=which)) == len(which.runs())
+    with pytest.raises(InputError, match="another study"):
+        store.collect(tmp_path, study(seeds={"runs": 3, "first": 11}))
+
+
+def test_a_file_with_the_hash_of_an_earlier_version_goes_by_the_study_in_its_header(tmp_path: Path) -> None:
+    found = go(tmp_path)
+    path = tmp_path / "runs.jsonl"
+    path.write_text(path.read_text().replace(study().hash, "0123456789abcdef"))
+    assert go(tmp_path, dies) == found
+    with pytest.raises(InputError, match="another study"):
+        go(tmp_path, which=study(recipe={"lr": 1.0}))
+
+
+def test_other_data_under_the_same_path_are_refused(tiny_csv: Path, tmp_path: Path) -> None:
+    data, out = tmp_path / "data.csv", tmp_path / "out"
+    data.write_bytes(tiny_csv.read_bytes())
+    which = study(tasks=[{"name": "mine", "file": str(data)}])
+
+    def one(which: Study, run: Run, device: str, progress: Any = None) -> dict[str, Any]:
+        if run.wi == 11:
+            raise KeyboardInterrupt
+        return runner.describe(run, runner.load_task(run.task))
+
+    with pytest.raises(KeyboardInterrupt):
+        go(out, one, which=which)
+    before = (out / "runs.jsonl").read_bytes()
+    data.write_text(tiny_csv.read_text().replace("positive", "negative", 1))
+    runner.load_task.cache_clear()
+    with pytest.raises(InputError, match="task 'mine' .*texts or labels are not those that earlier runs read"):
+        go(out, which=which)
+    assert (out / "runs.jsonl").read_bytes() == before
+    data.write_bytes(tiny_csv.read_bytes())
+    runner.load_task.cache_clear()
+    assert len(go(out, which=which)) == 6
+    data.unlink()
+    runner.load_task.cache_clear()
+    assert len(go(out, which=which)) == 6  # nothing is left to do, so nothing is read
+
+
 def test_damage_in_the_middle_and_runs_told_twice_are_refused(tmp_path: Path) -> None:
     go(tmp_path)
     path = tmp_path / "runs.jsonl"

@@ -30,9 +30,8 @@ def record(run: Run, value: float | None, rows: int = 400, **outcome: Any) -> di
     cost = 10 if run.patched else 20
     stage = {"trained": trained, "head": 2, "loaded_bytes": 2**20 * 10, "peak_bytes": 2**20 * 2 * cost}
     parts = {"test": value, **{name: None if value is None else value - 0.1 for name in run.task.out_of_domain}}
-    task = SimpleNamespace(
-        primary="accuracy", baseline=dict.fromkeys(parts, 0.5), train=range(rows), validation=(), dropped=0, tests={}
-    )
+    task = SimpleNamespace(primary="accuracy", baseline=dict.fromkeys(parts, 0.5), fingerprint="")
+    task.train, task.validation, task.dropped, task.tests = range(rows), (), 0, {}
     return describe(run, task) | {  # type: ignore[arg-type]
         "outcome": {
             "failed": value is None,
