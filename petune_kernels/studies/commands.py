@@ -22,7 +22,7 @@ def data(console: Console, names: list[str] | None) -> None:
 
     from . import sources, splits
 
-    note = "dropped: rows that also stand in a later part; floor: what always answering the most frequent class reaches"
+    note = "dropped: rows that also stand in a later part; floor: what the best constant answer reaches"
     table = Table(title="Labelled text from the package index", title_justify="left", caption=note)
     for column in ("task", "rows", "train", "dev", "test", "dropped", "classes", "floor"):
         table.add_column(column, justify="left" if column == "task" else "right", no_wrap=True)

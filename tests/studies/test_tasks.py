@@ -50,6 +50,8 @@ def data(train: Examples, test: Examples, labels: int = 2) -> TaskData:
 def test_a_task_knows_what_a_constant_answer_reaches() -> None:
     train, test = Examples(list("abc"), None, [0, 1, 1]), Examples(list("defg"), None, [1, 1, 1, 0])
     assert data(train, test).baseline == {"test": 0.75}
+    turned = Examples(test.texts, None, [1 - int(label) for label in test.labels])
+    assert data(train, turned).baseline == {"test": 0.75}  # by the class that is rarer in train
     scores = Examples(list("abc"), None, [0.5, 1.0, 2.0])
     assert data(scores, scores, 1).baseline == {"test": 0.0}
 
