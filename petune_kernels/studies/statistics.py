@@ -72,8 +72,9 @@ def summarise(values: Sequence[float | None], floor: float | None = None) -> Sum
 def compare(method: Summary, reference: Summary, test: str = "student", alpha: float = 0.05) -> Comparison:
     """Whether `method` beats or falls behind `reference`: two one-tailed t-tests from means, deviations and counts.
 
-    test: "student" (equal variances) or "welch". Where neither side varies, equal means are a tie (both p are 1) and
-    different means are a certain difference (p is 0). Raises InputError for fewer than 2 runs on a side.
+    test: "student" (equal variances) or "welch". Where neither side varies, equal means are a tie (both p are 1), and
+    of different means the p of the better side is 1 / C(n + m, n), the least that an exact permutation test of as many
+    runs could give: two runs a side prove nothing. Raises InputError for fewer than 2 runs on a side.
     """
     if test not in TESTS:
         raise InputError(f"test is {test!r}; accepted: {', '.join(TESTS)}")
@@ -85,8 +86,8 @@ def compare(method: Summary, reference: Summary, test: str = "student", alpha: f
     if method.std == reference.std == 0:
         if difference == 0:
             return Comparison(0.0, 1.0, 1.0, "none")
-        t = math.copysign(math.inf, difference)
-        return _arrow(Comparison(t, float(difference < 0), float(difference > 0), "none"), alpha)
+        t, least = math.copysign(math.inf, difference), 1 / math.comb(method.n + reference.n, method.n)
+        return _arrow(Comparison(t, *((least, 1.0) if difference > 0 else (1.0, least)), "none"), alpha)
     sides = (method.mean, method.std, method.n, reference.mean, reference.std, reference.n)
     up = stats.ttest_ind_from_stats(*sides, equal_var=test == "student", alternative="greater")
     down = stats.ttest_ind_from_stats(*sides, equal_var=test == "student", alternative="less")

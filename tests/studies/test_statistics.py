@@ -53,12 +53,14 @@ def test_the_t_test_from_runs_is_scipys(test: str, equal: bool) -> None:
         assert p == pytest.approx(stats.ttest_ind(ours, theirs, equal_var=equal, alternative=side).pvalue)
 
 
-def test_sides_without_variance_are_a_tie_or_certain() -> None:
+def test_sides_without_variance_are_a_tie_or_as_certain_as_their_runs_allow() -> None:
     wsc = Summary(20, 63.46, 0.0, 63.46, 63.46)
     assert compare(wsc, wsc) == Comparison(0.0, 1.0, 1.0, "none")
     for test in ("student", "welch"):
         better = compare(Summary(20, 64.0, 0.0, 64, 64), wsc, test)
-        assert (better.arrow, better.p_up, better.p_down) == ("up", 0.0, 1.0)
+        assert (better.arrow, better.p_up, better.p_down) == ("up", 1 / math.comb(40, 20), 1.0)
+        few = compare(Summary(2, 60.0, 0.0, 60, 60), Summary(2, 63.46, 0.0, 63.46, 63.46), test)
+        assert (few.arrow, few.p_up, few.p_down) == ("none", 1.0, 1 / 6)
         assert compare(Summary(20, 58.7, 4.69, 0, 0), wsc, test).arrow == "down"
 
 
