@@ -4,6 +4,6 @@
 `cache.py` and `train.py` serve every study.
 
 The protocols: `tasks.py`, `sources.py` and `splits.py` (data), `study.py` (a TOML file and its runs), `runner.py` and
-`store.py` (carrying it out, results on disk), `statistics.py`, `layouts.py`, `pictures.py` and `analysis.py` (what
-came out), `commands.py` (the command line).
+`store.py` (carrying it out, results on disk), `statistics.py`, `cells.py`, `layouts.py`, `pictures.py` and
+`analysis.py` (what came out), `commands.py` (the command line).
 """

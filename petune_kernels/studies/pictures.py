@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy import stats
 
-from .layouts import Cell, Record, cells, ordered
+from .cells import Cell, Record, cells
 from .study import Study
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -28,10 +28,12 @@ LEAST = 5
 
 def draw(study: Study, records: Sequence[Record], folder: Path) -> list[Path]:
     """Every figure that the records allow, as PNG files in `folder`; returns their paths."""
-    shown = [c for c in cells(ordered(study, records)) if c.patched == max(study.patched) and c.summary.n]
-    first = [c for c in shown if c.vary == study.seeds.vary[0]]
-    layered = [c for c in first if c.records[0]["layer"]]
-    whole = [c for c in first if not c.records[0]["layer"]]
+    found = [c for c in cells(study, records) if c.summary.n]
+    variant = max((c.patched for c in found), default=True)
+    shown = [c for c in found if c.patched == variant]
+    first = [c for c in shown if c.vary == shown[0].vary]
+    layered = [c for c in first if c.layers_of]
+    whole = [c for c in first if not c.layers_of]
     written = []
 
     def save(figure: Figure | None, name: str) -> None:
@@ -40,7 +42,7 @@ def draw(study: Study, records: Sequence[Record], folder: Path) -> list[Path]:
             written.append(folder / name)
 
     with matplotlib.rc_context(STYLE):
-        save(seed_points([c for c in shown if not c.records[0]["layer"]]), "seeds.png")
+        save(seed_points([c for c in shown if not c.layers_of]), "seeds.png")
         save(best_of_runs(whole, study.reference), "best.png")
         save(densities(whole), "densities.png")
         save(layer_curve(layered, whole), "layers.png")
@@ -57,6 +59,18 @@ def _panels(count: int, width: float, height: float = 3.2, most: int = 3) -> tup
     down = -(-count // across)
     figure = Figure(figsize=(max(5.0, across * width), down * height), dpi=150, layout="constrained")
     return figure, [figure.add_subplot(down, across, i + 1) for i in range(count)]
+
+
+def _alike(axes: Sequence[Axes], tasks: Sequence[str], across: bool = False) -> None:
+    """Gives the panels of one task, which are there to be compared, the same limits of y (across: of x too)."""
+    for task in _unique(tasks):
+        mine = [axis for axis, other in zip(axes, tasks, strict=True) if other == task]
+        lower, upper = zip(*(axis.get_ylim() for axis in mine), strict=True)
+        left, right = zip(*(axis.get_xlim() for axis in mine), strict=True)
+        for axis in mine:
+            axis.set_ylim(min(lower), max(upper))
+            if across:
+                axis.set_xlim(min(left), max(right))
 
 
 def _name_ticks(axis: Axes, names: Sequence[str]) -> None:
@@ -106,6 +120,7 @@ def seed_points(found: Sequence[Cell]) -> Figure | None:
         axis.set(title=column, ylabel=f"{metric}, %", xticks=range(len(methods)))
         _name_ticks(axis, methods)
         axis.grid(axis="y", alpha=0.25)
+    _alike(axes, [next(c for c in found if c.column == column).records[0]["task"] for column in columns])
     if len(ways) > 1:
         handles = [
             matplotlib.lines.Line2D([], [], color=COLOURS[i % len(COLOURS)], marker="o", linestyle="")
@@ -174,6 +189,7 @@ def densities(found: Sequence[Cell]) -> Figure | None:
             x = np.linspace(min(values) - margin, min(100.0, max(values) + margin), 300)
             (handles[name],) = axis.plot(x, stats.gaussian_kde(values)(x), **look)
         axis.set(title=title, xlabel=f"{curves[0][1].records[0]['primary']}, %", ylabel="density", ylim=(0, None))
+    _alike(axes, [curves[0][1].records[0]["task"] for curves in groups.values()], across=True)
     figure.legend(handles=[handles[name] for name in names], loc="outside lower center", ncols=4, frameon=False)
     return figure
 
@@ -186,8 +202,8 @@ def layer_curve(layered: Sequence[Cell], whole: Sequence[Cell]) -> Figure | None
     figure, axes = _panels(len(columns), 4.0)
     for axis, column in zip(axes, columns, strict=True):
         mine = [c for c in layered if c.column == column]
-        for i, label in enumerate(_unique(c.records[0]["label"].rsplit(" #", 1)[0] for c in mine)):
-            curve = [c for c in mine if c.records[0]["label"].rsplit(" #", 1)[0] == label]
+        for i, label in enumerate(_unique(c.layers_of for c in mine)):
+            curve = [c for c in mine if c.layers_of == label]
             x = [c.records[0]["layer"][0] + 1 for c in curve]
             error = [0.0 if math.isnan(c.summary.std) else 100 * c.summary.std for c in curve]
             style: dict[str, Any] = {"color": COLOURS[i % len(COLOURS)], "linestyle": LINES[i % len(LINES)]}

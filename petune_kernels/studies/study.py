@@ -58,6 +58,11 @@ class MethodSpec:
     def title(self) -> str:
         return " ".join(filter(None, [self.label or self.name, self.scale]))
 
+    def of_layer(self, k: int) -> MethodSpec:
+        """What a method with each_layer is for layer k."""
+        label, options = f"{self.label or self.name} #{k + 1}", self.options | {"layers": [k]}
+        return dataclasses.replace(self, label=label, options=options, each_layer=False)
+
 
 @dataclass(frozen=True)
 class SeedSpec:
@@ -143,15 +148,11 @@ class Study:
 
     def methods_of(self, layers: int | None) -> list[MethodSpec]:
         """The methods, those with each_layer once for each of the model's `layers`."""
-        found: list[MethodSpec] = []
-        for method in self.methods:
-            if not method.each_layer:
-                found.append(method)
-                continue
-            for k in range(layers or 0):
-                label, options = f"{method.label or method.name} #{k + 1}", method.options | {"layers": [k]}
-                found.append(dataclasses.replace(method, label=label, options=options, each_layer=False))
-        return found
+        return [
+            one
+            for method in self.methods
+            for one in ([method.of_layer(k) for k in range(layers or 0)] if method.each_layer else [method])
+        ]
 
     def runs(self, layers: int | None = None) -> list[Run]:
         """Every run, seed by seed, so that a study cut short has all methods; stock and patched follow each other."""

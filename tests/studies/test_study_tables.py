@@ -15,8 +15,10 @@ import torch
 from rich.console import Console
 
 from petune_kernels.studies import analysis, layouts, pictures
+from petune_kernels.studies.cells import cells
 from petune_kernels.studies.errors import InputError
 from petune_kernels.studies.runner import describe
+from petune_kernels.studies.statistics import compare
 from petune_kernels.studies.study import Run, Study, parse
 from petune_kernels.studies.tasks import Examples
 
@@ -115,7 +117,7 @@ def test_failed_runs_are_counted_and_a_column_without_runs_is_a_dash() -> None:
     grids = layouts.tables(which, found)
     assert grids[0].rows[1][3:] == ["-", "-"]
     spread = {(row[0], row[1]): row for row in grids[-1].rows}
-    assert spread["movie", "bitfit"][2] == "4" and spread["movie", "bitfit"][-1] == "25%"
+    assert spread["movie", "bitfit"][2] == "3/4" and spread["movie", "bitfit"][-1] == "25%"
     assert spread["movie", "frozen"][-1] == "50%"  # two of four are below the constant answer
 
 
@@ -143,7 +145,7 @@ def test_layers_seeds_cost_and_out_of_domain() -> None:
     cost = grids[f"{which.name}: stock and patched"]
     assert cost.rows[0] == [
         *("movie", "FT"),
-        *("80.0±0.6", "80.0±0.6"),
+        *("80.0±0.7", "80.0±0.7"),
         *("20.0", "10.0", "0.50"),
         *("30", "10", "0.33"),
         "0.50",
@@ -153,6 +155,108 @@ def test_layers_seeds_cost_and_out_of_domain() -> None:
     for r in packed:
         r["outcome"]["packed"] = 4 if r["patched"] else 1
     assert "Up to 4 runs were trained together" in layouts.tables(which, packed)[-1].notes[-1]
+
+
+def test_stock_and_patched_have_arrows_of_their_own() -> None:
+    which = study(patched=[True, False])
+    found = records(which)
+    for r in found:
+        if not r["patched"] and r["method"] == "lora":
+            r["outcome"]["test"]["test"]["accuracy"] += 0.1  # as good as the stock reference
+    grid = layouts.tables(which, found)[-1]
+    assert grid.rows[0][1:4] == ["FT", "80.0±0.6", "80.0±0.6"]
+    assert grid.rows[1][1:4] == ["lora", "80.0±0.6", "70.0±0.6↓"]
+    assert "each variant beside the same variant of FT" in grid.notes[0]
+
+
+def test_a_mean_of_fewer_runs_says_so() -> None:
+    which = study()
+    found = [r for r in records(which) if (r["method"], r["task"], r["wi"]) != ("lora", "amazon", 0)]
+    for r in found:
+        r["outcome"]["failed"] = (r["method"], r["task"]) == ("bitfit", "movie") and r["wi"] < 2
+    grids = {grid.title: grid for grid in layouts.tables(which, found)}
+    for rows in ([row[2:] for row in grids[which.name].rows], list(zip(*grids["By training rows"].rows, strict=True))):
+        assert any("70.0±0.6↓" in row for row in rows)
+        assert any("60.5±0.4↓ (2/4)" in row for row in rows) and any("60.2±0.5↓ (3/4)" in row for row in rows)
+    assert "(n/4): of n runs only; the others diverged, or are not done." in grids[which.name].notes
+
+
+def test_the_csv_has_the_arrows_of_the_tables_under_a_correction() -> None:
+    which = study(correction="bonferroni", patched=[True, False], seeds={"runs": 4, "vary": ["global", "wi"]})
+    found = records(which)
+    cost = {tuple(row[:2]): row for row in layouts.tables(which, found)[-1].rows}
+    rows = list(csv.DictReader(io.StringIO(layouts.to_csv(which, found))))
+    for row in rows:
+        if row["vary"] == "global":
+            shown = cost[row["task"], row["method"]][3 if row["patched"] == "True" else 2]
+            assert ("↓" in shown) == (row["arrow"] == "down")
+    compared = [row for row in rows if row["arrow"]]
+    assert {(row["metric"], row["test"], row["correction"]) for row in compared} == {
+        ("accuracy", "student", "bonferroni")
+    }
+    lora = next(row for row in compared if row["method"] == "lora")
+    method, reference = (
+        next(c.summary for c in cells(which, found) if (c.method, c.column) == (name, lora["task"]))
+        for name in ("lora", "FT")
+    )
+    alone = compare(method, reference)
+    assert float(lora["t"]) == pytest.approx(alone.t)
+    assert float(lora["p_down"]) == pytest.approx(12 * alone.p_down)  # two tails, three methods, two tasks: one table
+
+
+def test_a_list_of_layers_is_one_method_and_single_layers_keep_their_scale(tmp_path: Path) -> None:
+    upper = {"name": "layernorm", "label": "upper", "options": {"layers": [1, 2]}}
+    each = {"name": "layernorm", "scale": "small", "each_layer": True}
+    which = study(methods=[{"name": "full", "label": "FT"}, upper, each], seeds={"runs": 2, "vary": ["wi", "do"]})
+    found = records(which)
+    grids = {grid.title: grid for grid in layouts.tables(which, found)}
+    assert [row[0] for row in grids[which.name].rows] == ["FT", "upper"]
+    singles = [f"layernorm #{k} small" for k in (1, 2, 3)]
+    assert grids["One layer at a time"].columns == ["task", *singles, "FT"]
+    curve = pictures.layer_curve([c for c in cells(which, found) if c.layers_of and c.vary == "wi"], [])
+    assert curve is not None
+    assert [text.get_text() for text in curve.legends[0].get_texts()] == ["layernorm small"]
+    assert "seeds.png" in [path.name for path in pictures.draw(which, found, tmp_path)]
+    only = study(reference="", methods=[each], seeds={"runs": 2})
+    assert [grid.title for grid in layouts.tables(only, records(only))] == [
+        "One layer at a time",
+        "Spread over the runs",
+    ]
+
+
+def test_partial_results_whose_tasks_share_no_seed_have_no_average() -> None:
+    which = study(seeds={"runs": 2})
+    found = [r for r in records(which) if (r["task"] == "movie") == (r["wi"] == 0)]
+    bands = {grid.title: grid for grid in layouts.tables(which, found)}["By training rows"]
+    assert bands.rows[-1] == ["Avg. (low)", "-", "-", "-", "-"]
+    stock_only = [r | {"patched": False} for r in found]
+    assert layouts.tables(study(seeds={"runs": 2}, patched=[True, False]), stock_only)
+
+
+def test_ties_rank_equally() -> None:
+    which = study()
+    found = records(which)
+    for r in found:
+        if r["method"] == "bitfit" and r["task"] == "movie":
+            r["outcome"]["test"]["test"]["accuracy"] += 0.1  # as lora
+    assert {place: rank for place, rank in layouts.tables(which, found)[0].strong.items() if place[1] == 2} == {
+        (0, 2): 1,
+        (1, 2): 2,
+        (2, 2): 2,
+    }
+
+
+def test_panels_of_one_task_have_the_same_axes() -> None:
+    which = study(kind="protocol", seeds={"runs": 5})
+    found = records(which)
+    for r in found:
+        if r["leaky"]:
+            r["outcome"]["test"]["test"]["accuracy"] += 0.1
+    grouped = cells(which, found)
+    for figure, axis in ((pictures.seed_points(grouped), "y"), (pictures.densities(grouped), "x")):
+        assert figure is not None
+        limits = {panel.get_title(): getattr(panel, f"get_{axis}lim")() for panel in figure.axes}
+        assert limits["movie 1-2"] == limits["movie 2-2 (leaks)"] != limits["amazon 1-2"]
 
 
 def test_no_records_give_no_tables() -> None:
@@ -221,7 +325,7 @@ def test_samples_of_one_data_set_give_curves_of_training_iterations(tmp_path: Pa
     found = records(which)
     for r in found:
         r["rows"]["train"] = {"1k": 1000, "2k": 2000}.get(r["task"], 50)
-    curves = pictures.by_samples([c for c in layouts.cells(found) if c.summary.n])
+    curves = pictures.by_samples([c for c in cells(which, found) if c.summary.n])
     assert list(curves["FT"]) == ["1k (1,000 rows)", "2k (2,000 rows)"]
     assert curves["FT"]["1k (1,000 rows)"] == [(10, pytest.approx(70)), (20, pytest.approx(75))]
     assert "iterations.png" in [path.name for path in pictures.draw(which, found, tmp_path)]
