@@ -107,10 +107,10 @@ class TaskSpec:
 
 def load(spec: TaskSpec, say: Callable[[str], None] = lambda line: None) -> TaskData:
     """The task's data, read (and fetched where needed), cut by its protocol and checked for leaks."""
-    source = _held_out(_read(spec, say), spec)
+    source = _held_out(_read(spec, say), spec.held_out, spec.split_seed)
     others = {}
     for name in spec.out_of_domain:
-        other = _held_out(_read(TaskSpec(name), say), dataclasses.replace(spec, name=name))
+        other = _held_out(_read(TaskSpec(name), say), spec.held_out, spec.split_seed)
         if other.names != source.names:
             raise InputError(
                 f"task {spec.name!r}: out_of_domain {name!r} has the classes {other.names}, not {source.names}"
@@ -197,12 +197,12 @@ def _read(spec: TaskSpec, say: Callable[[str], None]) -> Source:
     return sources.indexed(spec.name, say)
 
 
-def _held_out(source: Source, spec: TaskSpec) -> Source:
+def _held_out(source: Source, share: float, seed: int) -> Source:
     """A source of one table gets a held-out part by a seeded shuffle; others are left as they were released."""
     if source.tests:
         return source
-    order = _shuffled(len(source.train), spec.split_seed)
-    place = max(1, round(len(order) * spec.held_out))
+    order = _shuffled(len(source.train), seed)
+    place = max(1, round(len(order) * share))
     return dataclasses.replace(
         source, train=source.train.take(order[place:]), tests={"test": source.train.take(order[:place])}
     )

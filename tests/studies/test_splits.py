@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from petune_kernels.studies import sources
 from petune_kernels.studies.errors import InputError
 from petune_kernels.studies.sources import Source
 from petune_kernels.studies.splits import PROTOCOLS, TaskSpec, cut, load
-from petune_kernels.studies.tasks import Examples
+from petune_kernels.studies.tasks import Examples, Named
 
 
 def examples(name: str, rows: int) -> Examples:
@@ -90,6 +91,20 @@ def test_out_of_domain_tests_stand_beside_the_own_one_and_leak_nothing() -> None
     other = Examples(["train 5", "elsewhere"], None, [1, 0])
     task = cut(source(), spec(out_of_domain=("amazon",)), {"amazon": other})
     assert list(task.tests) == ["test", "amazon"] and "train 5" not in task.train.texts and task.dropped == 1
+
+
+def test_a_local_copy_of_a_task_is_tested_on_another_task_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str | None] = []
+
+    def named(task: Named, folder: str | None = None) -> Source:
+        read.append(folder)
+        return source()
+
+    elsewhere = Source(examples("elsewhere", 50), {}, ("n", "p"))
+    monkeypatch.setattr(sources, "named", named)
+    monkeypatch.setattr(sources, "indexed", lambda name, say: elsewhere)
+    task = load(TaskSpec("sst2", path="/mine", out_of_domain=("amazon",)))
+    assert read == ["/mine"] and len(task.tests["amazon"]) == 10
 
 
 def test_one_table_is_cut_by_a_seed(tiny_csv: Path) -> None:
