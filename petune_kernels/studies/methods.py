@@ -75,6 +75,11 @@ class Method:
     name: str
     options: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def prefix(self) -> int:
+        """Tokens that the model reads before those of a text, and gives positions to."""
+        return int(self.options["tokens"]) if self.options.get("pet", self.name) == "prefix" else 0
+
     def stages(self) -> list[Stage]:
         return _METHODS[self.name].build(self.options)
 
@@ -146,7 +151,7 @@ def _top(options: Mapping[str, Any]) -> list[Stage]:
         anatomy = read(model)
         n = len(anatomy.blocks)
         if k > n:
-            raise ValueError(f"method 'topk': k is {k}; the model has {n} layers")
+            raise ValueError(f"k is {k}; the model has {n} layers")
         pk.tune(model, "full", layers=range(n - k, n), train_pooler=options["pooler"] and bool(anatomy.pooler))
         return model, None
 

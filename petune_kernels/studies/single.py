@@ -130,10 +130,10 @@ class Tuning:
         self._patched, self._dropout, self.plan = patched, dropout, method.stages()
         self._tokenizer = train.load_tokenizer(folder)
         room = getattr(train.read_config(folder, task.labels), "max_position_embeddings", recipe.length)
-        if recipe.length > min(room, self._tokenizer.model_max_length):
-            raise InputError(
-                f"length is {recipe.length}, but the model takes at most {min(room, self._tokenizer.model_max_length)}"
-            )
+        room = min(room, self._tokenizer.model_max_length)
+        if recipe.length + method.prefix > room:
+            prefix = f", {method.prefix} of them the prefix's" if method.prefix else ""
+            raise InputError(f"length is {recipe.length}, but the model takes at most {room} tokens{prefix}")
         self.data: dict[int, Encoded] = {} if data is None else data
         self.train_data = self.encoded(task.train)
         self.encoded(task.validation)  # now, or the first evaluation's time would have it

@@ -244,9 +244,12 @@ def test_a_bad_recipe_is_named(given: dict[str, Any], message: str) -> None:
 def test_what_does_not_fit_the_model_is_named(tiny_model: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="length is 64, but the model takes at most 32"):
         run(tiny_model, recipe=dataclasses.replace(QUICK, length=64))
+    for name, options in (("prefix", {"tokens": 17}), ("eh-ft", {"pet": "prefix", "tokens": 17})):
+        with pytest.raises(InputError, match="length is 16, .* at most 32 tokens, 17 of them the prefix's"):
+            run(tiny_model, name, options=options)
     with pytest.raises(InputError, match="method 'layernorm': layers"):
         run(tiny_model, options={"layers": [7]})
-    with pytest.raises(InputError, match="k is 3; the model has 2 layers"):
+    with pytest.raises(InputError, match="^method 'topk': k is 3; the model has 2 layers"):
         run(tiny_model, "topk", options={})
     with pytest.raises(InputError, match="too few for 2 stages"):
         run(tiny_model, "lp-ft", dataclasses.replace(QUICK, steps=1))
