@@ -99,6 +99,7 @@ def tune(
     method: str,
     task: str,
     file: Path | None,
+    regression: bool,
     options: list[str],
     recipe: list[str],
     wi: int,
@@ -113,7 +114,7 @@ def tune(
     from .study import parse
     from .train import load_tokenizer
 
-    table: dict[str, Any] = {"name": task} | ({"file": str(file)} if file else {})
+    table: dict[str, Any] = {"name": task, "regression": regression} | ({"file": str(file)} if file else {})
     content = {"kind": "stability", "name": "tune", "model": model, "tasks": [table], "dropout": dropout}
     content["methods"] = [{"name": method, "options": parse_settings("--option", options)}]
     content |= {"recipe": parse_settings("--recipe", recipe), "seeds": {"runs": 1}, "patched": [patched]}
@@ -122,6 +123,7 @@ def tune(
     if to.exists() and any(to.iterdir()):
         raise InputError(f"--out {to} is not empty; nothing there is overwritten, choose another folder")
     run = dataclasses.replace(runner.plan(found, console.print)[0], wi=wi, do=do)
+    tuned_model.check_savable(run.method.name, run.method.options)
     result.writable(to)
     with console.status(f"{method} on {task}"):
         outcome = runner.tuned(found, run, chosen_device(device), keep_model=True)
@@ -207,6 +209,7 @@ def mount(app: typer.Typer, plain_errors: Any, console: Console) -> None:
             Path | None,
             typer.Option(help="CSV or JSONL with text and label.", exists=True, dir_okay=False, show_default="none"),
         ] = None,
+        regression: Annotated[bool, typer.Option("--regression", help="Labels of --file are scores.")] = False,
         model: Annotated[str, typer.Option(help="Folder of a transformers model, or minilm.")] = "minilm",
         option: Annotated[
             list[str] | None, typer.Option("--option", help="Of the method, key=value.", show_default="none")
@@ -227,7 +230,7 @@ def mount(app: typer.Typer, plain_errors: Any, console: Console) -> None:
             given.append("lr=1e-3")
         if not any(one.startswith(("epochs=", "steps=")) for one in given):
             given.append("epochs=3")
-        tune(console, model, method, task, file, option or [], given, wi, do, to, device, patched, dropout)
+        tune(console, model, method, task, file, regression, option or [], given, wi, do, to, device, patched, dropout)
 
     @app.command(name="report")
     @plain_errors

@@ -307,7 +307,8 @@ def method_of(run: Run) -> Any:
     try:
         return method(run.method.name, **run.method.options)
     except (ValueError, TypeError) as error:
-        raise InputError(f"method {run.method.title!r}: {error}") from error
+        label = "" if run.method.title == run.method.name else f"method {run.method.title!r}: "
+        raise InputError(f"{label}{error}") from error
 
 
 def recipe_of(study: Study, run: Run) -> Any:

@@ -152,7 +152,7 @@ def _labelled(
         if not 2 <= len(names) <= MAX_LABELS:
             raise InputError(
                 f"{what} has {len(names)} different labels, accepted are 2 to {MAX_LABELS}; "
-                "a score needs `regression = true`"
+                "a score needs `regression = true` in a study's task, --regression with `petune tune`"
             )
         labels = [names.index(value) for value in raw]
     return Source(Examples(texts[0], texts[1] if len(texts) > 1 else None, labels), {}, names)

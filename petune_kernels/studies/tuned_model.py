@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import adapter
-from .errors import StudyError
+from .errors import InputError, StudyError
 
 Value = TypeVar("Value")
 
@@ -40,6 +40,15 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
     elif hasattr(copied, "get_base_model"):
         copied = copied.get_base_model()
     return plain_names(copied.state_dict())
+
+
+def check_savable(method: str, options: Mapping[str, Any]) -> None:
+    """Raises InputError for a method whose model `save` would refuse, so that nobody trains it for nothing."""
+    if method == "eh-ft" and options.get("pet") == "prefix" and options.get("reserve"):
+        raise InputError(
+            f"method {method!r}: a model that has a prefix and is tuned itself cannot be saved; "
+            "reserve = false leaves the prefix away in the end, and a study needs no model saved"
+        )
 
 
 def save(model: Any, folder: Path) -> str:

@@ -66,7 +66,7 @@ def tune_once(
 
 def method(name: str, **options: Any) -> str:
     if name not in ("full", "bitfit"):
-        raise ValueError(f"{name!r} is no method")
+        raise ValueError(f"method {name!r} is unknown")
     return name
 
 
@@ -137,7 +137,7 @@ def test_analyse_shows_what_tuning_did(
     ("more", "methods", "message"),
     [
         ("dropuot = true", "full", "unknown key 'dropuot'; did you mean 'dropout'"),
-        ("", "full bitfti", "method 'bitfti': 'bitfti' is no method"),
+        ("", "full bitfti", "petune: error: method 'bitfti' is unknown"),
         ("[seeds]", "full", "cannot be read as TOML"),
     ],
 )
@@ -167,6 +167,28 @@ def test_tune_writes_the_outcome_and_the_model_and_overwrites_nothing(
     assert (tmp_path / "out" / "model" / "config.json").is_file()
     again = run(*arguments)
     assert again.exit_code == 2 and "is not empty; nothing there is overwritten" in again.stderr
+
+
+def test_a_file_of_scores_is_a_regression_where_the_user_says_so(tmp_path: Path, tiny_model: Path) -> None:
+    data = tmp_path / "scores.csv"
+    data.write_text("text,label\n" + "".join(f"sentence {i},{i / 7:.3f}\n" for i in range(200)))
+    arguments = (
+        "tune",
+        "full",
+        "--file",
+        data,
+        "--model",
+        tiny_model,
+        "--recipe",
+        "lr=1e-4",
+        "--out",
+        tmp_path / "out",
+    )
+    refused = run(*arguments)
+    assert refused.exit_code == 2 and "--regression with `petune tune`" in " ".join(refused.stderr.split())
+    done = run(*arguments, "--regression")
+    assert done.exit_code == 0, done.output
+    assert json.loads((tmp_path / "out" / "outcome.json").read_text())["primary"] == "pearson"
 
 
 def test_a_diverged_run_is_no_success(

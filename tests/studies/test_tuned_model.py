@@ -14,7 +14,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import petune_kernels.studies.adapter
 from petune_kernels.studies import commands, runner, tuned_model
-from petune_kernels.studies.errors import StudyError
+from petune_kernels.studies.errors import InputError
 
 RECIPE = ["lr=1e-2", "steps=6", "length=16", "batch=8"]
 SMALL = {"adapter": ["reduction=4"], "prefix": ["tokens=2"], "random": ["budget=300"]}
@@ -25,7 +25,7 @@ def tuned(model: Path, data: Path, folder: Path, method: str, options: list[str]
     """Runs `petune tune` and gives the line that loads what it wrote."""
     runner.load_task.cache_clear()
     console = Console(record=True, width=500, file=(folder.parent / "log").open("w"))
-    arguments = (options, RECIPE, 3, 4, folder, "cpu", True, False)
+    arguments = (False, options, RECIPE, 3, 4, folder, "cpu", True, False)
     commands.tune(console, str(model), method, "tiny", data, *arguments)
     line = next(line for line in console.export_text().splitlines() if line.startswith("load it with "))
     return line.removeprefix("load it with ").strip()
@@ -62,7 +62,12 @@ def test_the_printed_line_loads_the_model_that_was_scored(
             petune_kernels.studies.adapter.from_pretrained(tmp_path)
 
 
-def test_a_prefix_on_a_changed_model_is_not_saved_as_less(tiny_model: Path, tiny_csv: Path, tmp_path: Path) -> None:
-    with pytest.raises(StudyError, match="both been tuned"):
+def test_a_prefix_on_a_changed_model_is_refused_before_it_is_trained(
+    tiny_model: Path, tiny_csv: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner, "tuned", lambda *_, **__: pytest.fail("it was trained"))
+    with pytest.raises(
+        InputError, match="method 'eh-ft': a model that has a prefix and is tuned itself cannot be saved"
+    ):
         tuned(tiny_model, tiny_csv, tmp_path / "out", "eh-ft", ["reserve=true", "pet=prefix", "tokens=2"])
-    assert (tmp_path / "out" / "outcome.json").is_file() and not (tmp_path / "out" / "model").exists()
+    assert not (tmp_path / "out").exists()
