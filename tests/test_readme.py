@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import re
 import subprocess
@@ -13,7 +14,9 @@ import pytest
 
 import petune_kernels as pk
 from petune_kernels.studies import layouts, store
-from petune_kernels.studies.study import read
+from petune_kernels.studies.recipe import Recipe
+from petune_kernels.studies.splits import TaskSpec
+from petune_kernels.studies.study import MethodSpec, SeedSpec, Study, read
 
 ROOT = Path(__file__).parent.parent
 
@@ -49,3 +52,11 @@ def test_what_it_names_exists() -> None:
         assert (ROOT / path).exists(), path
     for path in re.findall(r"^    ((?:petune_kernels|csrc|bench|tests|docs)/\S*)", readme, flags=re.M):
         assert (ROOT / path).exists(), path
+
+
+def test_every_key_of_a_study_file_is_described() -> None:
+    table = (ROOT / "docs" / "papers.md").read_text().partition("### The study file")[2].partition("What the papers")[0]
+    described = set(re.findall(r"`([a-z_]+)`", table))
+    for kind in (Study, SeedSpec, MethodSpec, TaskSpec, Recipe):
+        keys = {field.name for field in dataclasses.fields(kind)} - {"seeds", "recipe", "tasks", "methods"}
+        assert keys <= described, keys - described
