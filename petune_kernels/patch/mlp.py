@@ -32,11 +32,6 @@ def _widths(module: nn.Module) -> tuple[int, int] | None:
     return widths if all(isinstance(n, int) for n in widths) else None  # type: ignore[return-value]
 
 
-def _sort(act: nn.Module) -> tuple[Any, ...]:
-    """What tells the activation that was read from another in its place."""
-    return type(act), act.__dict__.get("approximate")
-
-
 def _parts(module: nn.Module, call: Call | None) -> Sequence[Parts]:
     widths = {name: w for name, child in module.named_children() if (w := _widths(child))}
     drops = [name for name, child in module.named_children() if type(child) in (nn.Dropout, pattern.Marker)]
@@ -44,7 +39,8 @@ def _parts(module: nn.Module, call: Call | None) -> Sequence[Parts]:
     if len(acts) != 1 or None in acts.values() or not widths or len(drops) > 1 or len(widths) > 3:
         return ()
     (act, fn), names = next(iter(acts.items())), list(widths)
-    base: dict[str, Any] = {"act": act, "fn": fn, "sort": _sort(getattr(module, act)), "coded": False}
+    kind, approximate = type(getattr(module, act)), getattr(module, act).__dict__.get("approximate")
+    base: dict[str, Any] = {"act": act, "fn": fn, "kind": kind, "approximate": approximate, "coded": False}
     base["next"] = tuple(m for m in call.next if shared_input.is_projection(m)) if call else ()
     if len(names) == 1:
         return () if drops else ({**base, "up": names[0]},)
@@ -89,8 +85,11 @@ def _halves(dense: Any, x: Tensor, swap: bool) -> tuple[Tensor, Tensor | None, T
 
 def _forward(module: nn.Module, parts: Parts, *args: Tensor, **kwargs: Tensor) -> Tensor:
     act, gate = getattr(module, parts["act"]), None
-    changed = "forward" in act.__dict__ or pattern.has_hooks(act) or _sort(act) != parts["sort"]
-    if changed or kwargs or len(args) != 1:  # somebody listens to it, changed it or put another in its place
+    own = act.__dict__
+    changed = type(act) is not parts["kind"] or own.get("approximate") != parts["approximate"]
+    if (
+        changed or "forward" in own or pattern.has_hooks(act) or kwargs or len(args) != 1
+    ):  # somebody listens to it, changed it or put another in its place
         return type(module).forward(module, *args, **kwargs)
     (x,) = args
     if "both" in parts:

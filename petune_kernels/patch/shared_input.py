@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from .. import meta
-from ..ops import _checks as check
 from ..ops.frozen_linear import faster
 from ..ops.lora_linear import Projection, project
 from . import linear, lora, pattern
@@ -28,16 +27,19 @@ from .trace import Trace
 class Pending:
     """What is left for others, as long as nobody changed x, a weight or whether gradients are recorded."""
 
-    def __init__(self, x: Tensor, left: dict[nn.Module, Tensor], weights: list[Tensor]):
-        self.x, self.left = x, left
-        self._read = [] if torch.compiler.is_compiling() else [t for t in (x, *weights) if not t.is_inference()]
-        self._then = self._now()
-
-    def _now(self) -> tuple[Any, ...]:
-        return torch.is_grad_enabled(), check.autocast_dtype(self.x), *[t._version for t in self._read]
+    def __init__(self, x: Tensor, left: dict[nn.Module, Tensor], found: list[tuple[nn.Module, Projection]]):
+        self.x, self.left, self._recording = x, left, torch.is_grad_enabled()
+        self._read: list[tuple[Tensor, int]] = []
+        if not torch.compiler.is_compiling():
+            self._read.append((x, x._version))
+            for _, it in found:
+                self._read += [(t, t._version) for t in it[:5] if t is not None and not t.is_inference()]
 
     def fresh(self) -> bool:
-        return self._now() == self._then
+        for t, version in self._read:
+            if t._version != version:
+                return False
+        return torch.is_grad_enabled() == self._recording
 
 
 class Group:
@@ -124,7 +126,7 @@ def _forward(module: nn.Module, group: Group, *args: Any, **kwargs: Any) -> Any:
         return linear.run(own.w, own.bias, x)
     left = dict(zip([member for member, _ in found], project(x, [it for _, it in found]), strict=True))
     y = left.pop(module)
-    group.pending = Pending(x, left, [t for _, it in found for t in it[:5] if t is not None]) if left else None
+    group.pending = Pending(x, left, found) if left else None
     return y
 
 
