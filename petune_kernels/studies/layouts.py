@@ -132,11 +132,10 @@ def _main(study: Study, found: Sequence[Cell], comparisons: Compared) -> Grid:
 
 
 def _notes(study: Study, found: Sequence[Cell]) -> list[str]:
-    metrics, most = {c.column: c.records[0]["primary"] for c in found}, most_runs(found)
-    notes = [f"Mean and standard deviation of {most} runs, in percent: "]
+    metrics = {c.column: c.records[0]["primary"] for c in found}
+    notes = [f"Mean and standard deviation of {most_runs(found)} runs, in percent: "]
     notes[0] += ", ".join(f"{column} {metric}" for column, metric in metrics.items()) + "."
-    if any(0 < c.summary.n < most for c in found):
-        notes.append(f"(n/{most}): of n runs only; the others diverged, or are not done.")
+    notes += _fewer(found)
     notes.append("% trained: of the pretrained model, stage by stage, without the head where more than it trains.")
     if study.reference:
         corrected = "" if study.correction == "none" else f", corrected by {study.correction}"
@@ -149,6 +148,13 @@ def _notes(study: Study, found: Sequence[Cell]) -> list[str]:
     return notes
 
 
+def _fewer(found: Sequence[Cell]) -> list[str]:
+    """What mean_std says of cells that have fewer runs than others, where there are any."""
+    most = most_runs(found)
+    fewer = any(0 < c.summary.n < most for c in found)
+    return [f"(n/{most}): of n runs only; the others diverged, or are not done."] * fewer
+
+
 def _layers(layered: Sequence[Cell], whole: Sequence[Cell]) -> Grid:
     """Tasks down, layers across (the first paper's Table 3)."""
     columns, methods = _order(c.column for c in layered), _order(c.method for c in layered)
@@ -156,7 +162,7 @@ def _layers(layered: Sequence[Cell], whole: Sequence[Cell]) -> Grid:
     most = most_runs([*layered, *whole])
     at = {(c.method, c.column): mean_std(c.summary, most) for c in [*layered, *whole]}
     rows = [[column, *(at.get((m, column), "-") for m in [*methods, *full])] for column in columns]
-    return Grid("One layer at a time", ["task", *methods, *full], rows)
+    return Grid("One layer at a time", ["task", *methods, *full], rows, _fewer([*layered, *whole]))
 
 
 def _bands(study: Study, found: Sequence[Cell], comparisons: Compared) -> list[Grid]:
@@ -197,7 +203,7 @@ def _varied(found: Sequence[Cell], vary: Sequence[str]) -> list[Grid]:
         mine = [c for c in found if c.column == column]
         at = {(c.method, c.vary): mean_std(c.summary, most_runs(mine)) for c in mine}
         rows = [[m, *(at.get((m, v), "-") for v in vary)] for m in _order(m for m, _ in at)]
-        grids.append(Grid(f"{column}: what the seeds vary", ["method", *(v.upper() for v in vary)], rows))
+        grids.append(Grid(f"{column}: what the seeds vary", ["method", *(v.upper() for v in vary)], rows, _fewer(mine)))
     return grids
 
 
@@ -208,7 +214,7 @@ def _protocol(found: Sequence[Cell]) -> Grid:
     rows = [[m, *(at.get((m, *place), "-") for place in places)] for m in _order(c.method for c in found)]
     head = ["method", *(f"{column}, stop on {stop}" for stop, column in places)]
     note = "2-2 leaks: validated on the very half that tests. 1-2 validates on the other half."
-    return Grid("The broken protocol beside the fair one", head, rows, [note])
+    return Grid("The broken protocol beside the fair one", head, rows, [note, *_fewer(found)])
 
 
 def _spread(study: Study, found: Sequence[Cell]) -> Grid:
@@ -262,6 +268,7 @@ def _cost(study: Study, found: Sequence[Cell], comparisons: Compared) -> Grid:
     most = max((r["outcome"].get("packed", 1) for c in found for r in c.records), default=1)
     if most > 1:
         notes.append(f"Up to {most} runs were trained together: seconds are then a run's share, memory is that of all.")
+    notes += _fewer(own)
     if comparisons:
         notes.insert(0, f"↑ ↓: as above, each variant beside the same variant of {study.reference}.")
     return Grid(f"{study.name}: stock and patched", [*head, "whole peak: ratio"], rows, notes)

@@ -178,7 +178,11 @@ def test_a_mean_of_fewer_runs_says_so() -> None:
     for rows in ([row[2:] for row in grids[which.name].rows], list(zip(*grids["By training rows"].rows, strict=True))):
         assert any("70.0±0.6↓" in row for row in rows)
         assert any("60.5±0.4↓ (2/4)" in row for row in rows) and any("60.2±0.5↓ (3/4)" in row for row in rows)
-    assert "(n/4): of n runs only; the others diverged, or are not done." in grids[which.name].notes
+    protocol = study(kind="protocol")
+    halves = layouts.tables(protocol, records(protocol)[:-1])[0]
+    assert halves.rows[-1][-1].endswith("(3/4)")
+    for grid in (grids[which.name], grids["By training rows"], halves):
+        assert "(n/4): of n runs only; the others diverged, or are not done." in grid.notes
 
 
 def test_the_csv_has_the_arrows_of_the_tables_under_a_correction() -> None:
@@ -230,7 +234,7 @@ def test_partial_results_whose_tasks_share_no_seed_have_no_average() -> None:
     bands = {grid.title: grid for grid in layouts.tables(which, found)}["By training rows"]
     assert bands.rows[-1] == ["Avg. (low)", "-", "-", "-", "-"]
     stock_only = [r | {"patched": False} for r in found]
-    assert layouts.tables(study(seeds={"runs": 2}, patched=[True, False]), stock_only)
+    assert layouts.tables(study(seeds={"runs": 2}, patched=[True, False]), stock_only)[0].title == which.name
 
 
 def test_ties_rank_equally() -> None:
