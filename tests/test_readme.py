@@ -27,7 +27,7 @@ def test_tables_are_the_results() -> None:
     assert "| step time, median |" in (ROOT / "README.md").read_text()
 
 
-@pytest.mark.parametrize("name", ["transferability", "stability", "classification-head"])
+@pytest.mark.parametrize("name", ["transferability", "stability", "protocol", "classification-head"])
 def test_study_tables_are_those_of_the_runs(name: str) -> None:
     folder, study = ROOT / "bench" / "results" / name, read(ROOT / "bench" / "studies" / f"{name}.toml")
     records = list(store.collect(folder, study).values())
