@@ -47,10 +47,11 @@ def _parts(module: nn.Module, call: Call | None) -> Sequence[Parts]:
                 "second": second,
                 "mlp": mlp,
                 "norm": reading,
+                "kind": type(module.get_submodule(second)),
                 "names": names[1:],
+                "given": kwargs,
+                "required": _required(module.get_submodule(mixer)),
             }
-            parts |= {"given": kwargs, "required": _required(module.get_submodule(mixer))}
-            parts |= {"kind": type(module.get_submodule(second))}
             found.append(parts | {"dropout": drops[0] if drops else None})
     return found
 

@@ -42,11 +42,12 @@ class Watch:
         self._numbers = [(d, name) for d in owned for name, value in d.items() if type(value) is float]
         self._adapters = [d for d in owned if "merged_adapters" in d]
         self._layers = [m for m in modules if memory._is_layer(m)]
-        self._dropping = [d for d in owned if "layerdrop" in d]
         configs: dict[int, Any] = {
             id(c): c for d in owned if hasattr(c := d.get("config"), "_attn_implementation_internal")
         }
         self._configs = list(configs.values())
+        told = [*owned, *(getattr(c, "__dict__", {}) for c in self._configs)]
+        self._layerdrops = [(d, name) for d in told for name in d if name.endswith("layerdrop")]
         self.positions: int | None = getattr(next(iter(self._configs), None), "max_position_embeddings", None)
 
     def _has(self) -> list[int]:
@@ -67,7 +68,7 @@ class Watch:
             return "with hooks on modules inside, which no graph calls"
         if any(layer.gradient_checkpointing for layer in self._layers):
             return "with transformers' gradient checkpointing"
-        if any(d["training"] and d["layerdrop"] for d in self._dropping) or any(map(_drops_layers, self._configs)):
+        if any(d[name] for d, name in self._layerdrops):
             return "with layerdrop, whose draw on the host a graph would repeat"
         return ""
 
@@ -106,11 +107,6 @@ class Watch:
         finally:
             for d, n, p in swapped:
                 d[n] = p
-
-
-def _drops_layers(config: Any) -> bool:
-    own = getattr(config, "__dict__", {})
-    return any(name.endswith("layerdrop") and value for name, value in own.items())
 
 
 def _idle(hooks: list[Any]) -> bool:
