@@ -9,12 +9,15 @@
 namespace petune::cpu::PETUNE_ISA {
 
 template <class X>
-void sum_rows(const ColumnSum& a, int64_t begin, int64_t end, float* sums) {
-  const int64_t N = a.N;
+PETUNE_INLINE void add_row(const X* x, int64_t N, float* sums) {
+  for_vectors(N, [&](int64_t i, auto n) { store(sums + i, load(sums + i, n) + load(x + i, n), n); });
+}
+
+template <class X>
+void sum_rows(const X* x, int64_t rows, int64_t N, float* sums) {
   std::fill(sums, sums + N, 0.0f);
-  const X* x = static_cast<const X*>(a.x);
-  int64_t t = begin;
-  for (; t + 8 <= end; t += 8) {
+  int64_t t = 0;
+  for (; t + 8 <= rows; t += 8) {
     const X* row = x + t * N;
     for_vectors(N, [&](int64_t i, auto n) {
       f32v v[8];
@@ -24,8 +27,22 @@ void sum_rows(const ColumnSum& a, int64_t begin, int64_t end, float* sums) {
       store(sums + i, load(sums + i, n) + v[0], n);
     });
   }
-  for (; t < end; ++t)
-    for_vectors(N, [&](int64_t i, auto n) { store(sums + i, load(sums + i, n) + load(x + t * N + i, n), n); });
+  for (; t < rows; ++t) add_row(x + t * N, N, sums);
+}
+
+// Rows narrower than kNarrow, 16 in a line so that vectors are full whatever N is: the lines first, then the 16 of
+// them.
+constexpr int64_t kLine = 16, kNarrow = 64;
+
+template <class X>
+void sum_narrow_rows(const X* x, int64_t rows, int64_t N, float* sums) {
+  float line[kLine * kNarrow];
+  const int64_t lines = rows / kLine;
+  sum_rows(x, lines, kLine * N, line);
+  for (int64_t width = kLine / 2; width >= 1; width /= 2)
+    for (int64_t i = 0; i < width * N; ++i) line[i] += line[width * N + i];
+  std::copy(line, line + N, sums);
+  for (int64_t t = lines * kLine; t < rows; ++t) add_row(x + t * N, N, sums);
 }
 
 inline void column_sum_all(const ColumnSum& a) {
@@ -35,8 +52,12 @@ inline void column_sum_all(const ColumnSum& a) {
     for (int64_t piece = first; piece < last; ++piece) {
       const int64_t replica = piece / chunks.per_replica, chunk = piece % chunks.per_replica;
       const int64_t begin = chunks.begin(replica, chunk), end = chunks.end(replica, chunk);
-      a.dtype == DType::bf16 ? sum_rows<bf16>(a, begin, end, partial + piece * a.N)
-                             : sum_rows<float>(a, begin, end, partial + piece * a.N);
+      const auto sum = [&](auto* x) {
+        x += begin * a.N;
+        a.N < kNarrow ? sum_narrow_rows(x, end - begin, a.N, partial + piece * a.N)
+                      : sum_rows(x, end - begin, a.N, partial + piece * a.N);
+      };
+      a.dtype == DType::bf16 ? sum(static_cast<const bf16*>(a.x)) : sum(static_cast<const float*>(a.x));
     }
   });
   for (int64_t replica = 0; replica < a.G; ++replica)
