@@ -66,7 +66,7 @@ def fitting(
     """
     one = Tuning(folder, method, task, recipe, Seeds(0, 0), True, dropout, torch.device(device), None)
     model, _, _ = _prepared(one)
-    pk.patch(model)
+    pk.patch(model, memory=recipe.memory)
     longest = one.train_data.by_length(range(len(task.train)))[-recipe.batch :]
     inputs = one.train_data.inputs(longest)
     given = [*model.parameters(), *model.buffers(), *inputs.values()]
@@ -163,7 +163,7 @@ class _Pack:
         self.model, self.stage, self.head = _prepared(self.runs[0])
         values = [_trained(self.model)] + [_trained(_prepared(run)[0]) for run in self.runs[1:]]
         self.start = time.perf_counter()
-        self.together = pk.replicate(self.model, [(s.wi, s.do) for s in seeds], init="keep")
+        self.together = pk.replicate(self.model, [(s.wi, s.do) for s in seeds], init="keep", memory=recipe.memory)
         for g, run in enumerate(self.runs):
             self.together.load(g, values[g])
             run.model, run.own = self.model, self.together.named_parameters(g)

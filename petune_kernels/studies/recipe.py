@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from petune_kernels.patch.memory import LEVELS
+
 from . import train
 from .errors import InputError
 
@@ -32,6 +34,7 @@ class Recipe:
     most. group_by_length: a batch holds rows of like length, which saves padding. pad: a training batch is as wide as
     its own longest row ("batch") or as the longest row of the training part ("longest"), so that dropout masks do not
     depend on what else is in a batch, as packed runs need. warmup: share of a stage's steps.
+    memory: the level of `pk.patch` in a patched run.
     weight_decay: of all that trains. clip: norm of all gradients. evaluate_every: "epoch" or a number of steps.
     stop_on: "loss" or "metric" (the task's primary one) of the validation part chooses the checkpoint; after `patience`
     evaluations without a better one training stops (None: never). keep: "best" or "last". Checkpoints and patience
@@ -51,6 +54,7 @@ class Recipe:
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     dtype: str = "float32"
+    memory: str = "exact"
     evaluate_every: str | int = "epoch"
     stop_on: str = "loss"
     patience: int | None = 10
@@ -80,6 +84,7 @@ class Recipe:
             ("eps", _is(self.eps, real) and 0 < self.eps < math.inf, "a number over 0"),
             ("betas", len(betas) == 2 and all(_is(b, real) and 0 <= b < 1 for b in betas), "two numbers in [0, 1)"),
             ("dtype", self.dtype in train.DTYPES, " or ".join(train.DTYPES)),
+            ("memory", self.memory in LEVELS, ", ".join(LEVELS)),
             ("evaluate_every", every == "epoch" or type(every) is int and every >= 1, "epoch, or an int from 1"),
             ("stop_on", self.stop_on in ("loss", "metric"), "loss or metric"),
             ("patience", self.patience is None or _is(self.patience, whole) and self.patience >= 1, "an int from 1"),

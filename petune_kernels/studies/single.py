@@ -180,7 +180,7 @@ class Tuning:
             setting.model = self.model
             gc.collect()
             if self._patched:
-                pk.patch(self.model)
+                pk.patch(self.model, memory=self.recipe.memory)
             self.model.train()
             if stage.head_only and not self._dropout:
                 self._head = HeadOnly.of(self.model, setting.head, self.train_data, self.recipe.batch)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import petune_kernels as pk
 from petune_kernels.studies import packed, runner
 from petune_kernels.studies.errors import InputError, StudyError
 from petune_kernels.studies.methods import method
@@ -65,6 +66,20 @@ def test_runs_that_stop_early_leave_and_are_scored_at_their_best(tiny_model: Pat
     ours = together(tiny_model, "layernorm", recipe)
     assert len({o.stages[0]["steps"] for o in ours}) > 1, "they stop at different steps"
     assert_same(ours, alone(tiny_model, "layernorm", recipe))
+
+
+def test_the_recipes_memory_level_is_that_of_the_kernels(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe, levels, patch = dataclasses.replace(RECIPE, memory="checkpoint"), [], pk.patch
+
+    def watched(*args: Any, **more: Any) -> pk.PatchReport:
+        levels.append(more["memory"])
+        return patch(*args, **more)
+
+    for module in (pk, pk.replicas):
+        monkeypatch.setattr(module, "patch", watched)
+    assert_same(together(tiny_model, "bitfit", recipe), alone(tiny_model, "bitfit", recipe))
+    packed.fitting(tiny_model, method("bitfit"), make_task(), recipe, True, "cpu", 3)
+    assert levels == ["checkpoint"] * 5
 
 
 def test_without_dropout_batches_of_any_width_pack(tiny_model: Path) -> None:

@@ -230,6 +230,7 @@ def test_progress_is_told_of_every_step(tiny_model: Path) -> None:
         ({"lr": 0}, "lr is 0; accepted is a number over 0"),
         ({"batch": True}, "batch is True"),
         ({"dtype": "float16"}, "float32 or bfloat16"),
+        ({"memory": "low"}, "memory is 'low'; accepted is exact, coded, recompute, checkpoint"),
         ({"stop_on": "accuracy"}, "loss or metric"),
         ({"evaluate_every": "step"}, "epoch, or an int"),
         ({"betas": (0.9, 1.0)}, "two numbers"),
