@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
@@ -35,18 +37,43 @@ class Grid:
     notes: list[str] = field(default_factory=list)
     strong: dict[tuple[int, int], int] = field(default_factory=dict)
 
-    def __rich__(self) -> Table:
-        table = Table(title=self.title, title_justify="left", caption="\n".join(self.notes), caption_justify="left")
-        for i, name in enumerate(self.columns):
-            table.add_column(name, justify="right" if i else "left")
+    @property
+    def labels(self) -> int:
+        """How many of the first columns say what a row is."""
+        return sum(name in ("task", "method", "rows") for name in self.columns[:2])
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """Too wide for the terminal: the rest of the columns below, behind the same labels."""
+        for separator in ("\n", None):  # headings as they are; else broken between words, which a cell never is
+            texts = [[*name.split(separator), *(row[c] for row in self.rows)] for c, name in enumerate(self.columns)]
+            widths = [max(map(cell_len, column)) for column in texts]
+            parts = self._parts(widths, options.max_width)
+            if len(parts) == 1:
+                break
         styles = {0: "", 1: "bold", 2: "underline"}
-        for r, row in enumerate(self.rows):
-            table.add_row(*(Text(cell, style=styles[self.strong.get((r, c), 0)]) for c, cell in enumerate(row)))
-        return table
+        for number, part in enumerate(parts):
+            table = Table(title=None if number else self.title, title_justify="left", caption_justify="left")
+            for c in part:
+                table.add_column(self.columns[c], justify="left" if c < self.labels else "right", width=widths[c])
+            for r, row in enumerate(self.rows):
+                table.add_row(*(Text(row[c], style=styles[self.strong.get((r, c), 0)]) for c in part))
+            if number == len(parts) - 1:
+                table.caption = "\n".join(self.notes)
+            yield table
+
+    def _parts(self, widths: list[int], room: int) -> list[list[int]]:
+        labels = list(range(self.labels))
+        parts = [labels.copy()]
+        for c in range(self.labels, len(widths)):
+            if len(parts[-1]) > len(labels) and sum(widths[i] + 3 for i in (*parts[-1], c)) >= room:
+                parts.append(labels.copy())
+            parts[-1].append(c)
+        return parts
 
     def markdown(self) -> str:
         marks = {0: "", 1: "**", 2: "_"}
-        lines = [f"### {self.title}", "", _line(self.columns), _line(["---"] + ["---:"] * (len(self.columns) - 1))]
+        rules = ["---" if c < self.labels else "---:" for c in range(len(self.columns))]
+        lines = [f"### {self.title}", "", _line(self.columns), _line(rules)]
         for r, row in enumerate(self.rows):
             marked = [(marks[self.strong.get((r, c), 0)], cell) for c, cell in enumerate(row)]
             lines.append(_line([f"{mark}{cell}{mark}" for mark, cell in marked]))
@@ -128,7 +155,9 @@ def _main(study: Study, found: Sequence[Cell], comparisons: Compared) -> Grid:
         places = {r: 1 + sum(other > mean for other in shown.values()) for r, mean in shown.items()}  # equal: one place
         strong |= {(r, c + 2): place for r, place in places.items() if place <= 2}
     head = ["method", "% trained", *columns, *(["Avg."] if len(own) > 1 else [])]
-    return Grid(study.name, head, rows, _notes(study, found), strong)
+    notes = _notes(study, found)
+    notes.insert(1, "% trained: of the pretrained model, stage by stage, without the head where more than it trains.")
+    return Grid(study.name, head, rows, notes, strong)
 
 
 def _notes(study: Study, found: Sequence[Cell]) -> list[str]:
@@ -136,7 +165,6 @@ def _notes(study: Study, found: Sequence[Cell]) -> list[str]:
     notes = [f"Mean and standard deviation of {most_runs(found)} runs, in percent: "]
     notes[0] += ", ".join(f"{column} {metric}" for column, metric in metrics.items()) + "."
     notes += _fewer(found)
-    notes.append("% trained: of the pretrained model, stage by stage, without the head where more than it trains.")
     if study.reference:
         corrected = "" if study.correction == "none" else f", corrected by {study.correction}"
         notes.append(
@@ -259,7 +287,7 @@ def _cost(study: Study, found: Sequence[Cell], comparisons: Compared) -> Grid:
         rows.append(row)
     head = ["task", "method", "stock", "patched"]
     for name in ("s", "MiB above the model"):
-        head += [f"{name}: stock", "patched", "ratio"]
+        head += [f"{name}: {what}" for what in ("stock", "patched", "ratio")]
     notes = [
         "Medians over the runs; the ratios are medians of the ratios of a patched run and the stock run beside it.",
         "Seconds: training and its evaluations. Memory: at most while training, resident on a CPU, allocated on a GPU; "

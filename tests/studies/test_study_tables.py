@@ -62,8 +62,8 @@ def study(**changes: Any) -> Study:
     return parse(CONTENT | {"methods": methods, "seeds": {"runs": 4}} | changes)
 
 
-def shown(grid: layouts.Grid) -> str:
-    console = Console(width=200, record=True, file=io.StringIO())
+def shown(grid: layouts.Grid, width: int = 200) -> str:
+    console = Console(width=width, record=True, file=io.StringIO())
     console.print(grid)
     return console.export_text()
 
@@ -77,6 +77,17 @@ def test_methods_against_tasks_with_arrows_shares_and_averages() -> None:
     assert main.strong[0, 2] == 1 and main.strong[1, 2] == 2 and (2, 2) not in main.strong
     assert "| **80.0±0.6** |" in main.markdown() and "one-tailed student t-test" in main.markdown()
     assert "70.0±0.6↓" in shown(main)
+
+
+@pytest.mark.parametrize("width", (50, 80, 120))
+def test_a_terminal_breaks_no_cell_and_repeats_the_labels_of_what_goes_below(width: int) -> None:
+    which = study(patched=[True, False])
+    cost = layouts.tables(which, records(which))[-1]
+    text = shown(cost, width)
+    parts = text.count("task")
+    assert parts == {50: 4, 80: 2, 120: 1}[width] and text.count("movie") == text.count("amazon") == 4 * parts
+    assert all(text.count(cell) >= 1 for row in cost.rows for cell in row) and "…" not in text
+    assert text.count(cost.title) == 1 and text.count("Medians over the") == 1
 
 
 def test_tables_are_the_same_whatever_order_the_runs_ended_in() -> None:
