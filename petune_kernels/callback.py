@@ -13,9 +13,9 @@ import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from .patch import PatchReport, patch, unpatch
+from .patch import PatchReport, patch, pattern, unpatch
 from .patch.graphs import Lengths
-from .regimes import TuneReport, tune
+from .regimes import TuneReport, sampled, tune
 
 
 class PetuneCallback(TrainerCallback):
@@ -25,7 +25,7 @@ class PetuneCallback(TrainerCallback):
         regime: what trains, one of `pk.tune`'s names; None leaves requires_grad as it is (PEFT models, own choices).
             For tune's other arguments call `pk.tune` on the model before it goes to Trainer.
         strict, memory, cuda_graphs: as in `pk.patch`.
-        keep: leave the model patched when training ends.
+        keep: leave the model patched when training ends; without it a patch made before Trainer goes, too.
 
     Attributes:
         report: PatchReport of the model, None before Trainer was made.
@@ -48,7 +48,6 @@ class PetuneCallback(TrainerCallback):
         self.report: PatchReport | None = None
         self.tuned: TuneReport | None = None
         self._model: nn.Module | None = None
-        self._bound = False
 
     def on_init_end(  # type: ignore[override]
         self,
@@ -64,11 +63,19 @@ class PetuneCallback(TrainerCallback):
                 f"PetuneCallback: Trainer would copy the model to {args.n_gpu} GPUs (nn.DataParallel), and copies run "
                 "the first one's fused forwards; start it with torchrun, or show it one GPU (CUDA_VISIBLE_DEVICES=0)"
             )
-        if self.regime is not None:
-            self.tuned = tune(model, self.regime)
-            if optimizer is not None:
-                _check_optimizer(model, optimizer, self.regime)
-        self._patch(model)
+        trained = [(p, p.requires_grad) for p in model.parameters()]
+        try:
+            if self.regime is not None:
+                self.tuned = tune(model, self.regime)
+                if optimizer is not None:
+                    _check_optimizer(model, optimizer, self.regime)
+            self._patch(model)
+        except BaseException:  # the model as it was
+            if self.tuned is not None:
+                sampled.remove(model)
+            for p, flag in trained:
+                p.requires_grad_(flag)
+            raise
 
     def on_train_begin(  # type: ignore[override]
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
@@ -77,11 +84,11 @@ class PetuneCallback(TrainerCallback):
             if self.regime is not None:
                 raise RuntimeError(
                     f"PetuneCallback: regime={self.regime!r} cannot be set here: the optimizer is made already. "
-                    "Give the callback to Trainer(callbacks=[...]), not to add_callback; with model_init, call pk.tune "
-                    "inside model_init and give no regime"
+                    "Give the callback to one Trainer, as Trainer(callbacks=[...]) and not by add_callback; with "
+                    "model_init, call pk.tune inside model_init and give no regime"
                 )
             self._patch(model)
-        elif not self._bound:  # an earlier train() has unpatched it
+        elif not any(map(pattern.bound, self._model.modules())):  # an earlier train() has unpatched it, or the caller
             self._patch(self._model)
 
     def on_train_end(  # type: ignore[override]
@@ -89,18 +96,18 @@ class PetuneCallback(TrainerCallback):
     ) -> None:
         if self._model is not None and not self.keep:
             unpatch(self._model)
-            self._bound = False
 
     def _patch(self, model: nn.Module) -> None:
         self.report = patch(model, strict=self.strict, memory=self.memory, cuda_graphs=self.cuda_graphs)
-        self._model, self._bound = model, True
+        self._model = model
 
 
 def _check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, regime: str) -> None:
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     missing = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in held]
     if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise ValueError(
-            f"PetuneCallback: regime={regime!r} trains {len(missing)} parameters that the optimizer given to Trainer "
-            f"does not hold ({', '.join(missing[:3])}, ...); call pk.tune before making the optimizer"
+            f"PetuneCallback: regime={regime!r} trains what the optimizer given to Trainer does not hold: "
+            f"{', '.join(missing[:3])}{more}; call pk.tune before making the optimizer"
         )

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ from .check import check, twin
 
 Init = str | Callable[[nn.Module, int], None]
 
+_MIXED = "labels are given; a loss over the whole batch mixes replicas: make one of each's logits"
 _LOSS_OF_ALL = ("labels", "label", "label_ids", "start_positions", "end_positions")
 
 
@@ -49,6 +51,8 @@ def replicate(
     model is patched where it is not yet, and its forward then takes batches with every replica's rows, replica after
     replica. Whatever trains must run in a module whose forward takes a replica axis: LayerNorms, biases, linear layers,
     PEFT's LoRA and prefix do. That every replica computes what it would alone is checked on a short input.
+    Save a run by `replica(g)`: the packed model's own state has every parameter G times. An optimizer's step between a
+    forward and its backward is not noticed, as it is in a solo run, and gives wrong gradients.
 
     Args:
         model: a transformers or PEFT model.
@@ -109,10 +113,14 @@ def _undo(model: nn.Module, before: dict[nn.Module, dict[str, Any]], attending: 
 
 
 def _pair(seed: Any) -> tuple[int, int]:
-    pair = (seed, seed) if isinstance(seed, int) else seed
-    if not isinstance(pair, Sequence) or len(pair) != 2 or any(type(s) is not int or not 0 <= s < 2**63 for s in pair):
+    pair = (seed, seed) if isinstance(seed, Integral) else seed
+    if not isinstance(pair, Sequence) or len(pair) != 2 or not all(map(_is_seed, pair)):
         raise ValueError(f"replicate: seeds has {seed!r}; accepted is an int from 0 below 2**63, or two as (wi, do)")
-    return pair[0], pair[1]
+    return int(pair[0]), int(pair[1])
+
+
+def _is_seed(seed: Any) -> bool:
+    return isinstance(seed, Integral) and not isinstance(seed, bool) and 0 <= seed < 2**63  # type: ignore[operator]
 
 
 def _starts(
@@ -157,6 +165,7 @@ class Replicas:
         self.model, self.seeds = model, tuple(seeds)
         self._undo, self._released = undo, False
         self._originals = dict(trained)
+        self._frozen = [p for p in model.parameters() if not p.requires_grad]
         names = {id(p): name for name, p in trained.items()}
         self._homes: list[tuple[nn.Module, str, str]] = [
             (module, own, names[id(p)])
@@ -188,10 +197,13 @@ class Replicas:
     @torch.no_grad()
     def load(self, g: int, values: Mapping[str, Tensor]) -> None:
         """Sets parameters of replica g by their names in the model. ValueError for an unknown name or another shape."""
+        self._in_use("load")
         own = self._rows[self._known(g)]
         for name, value in values.items():
             if name not in own:
                 raise ValueError(f"load: {name!r} does not train in this model; accepted are {', '.join(own)}")
+            if not isinstance(value, Tensor):
+                raise TypeError(f"load: {name} is {type(value).__name__}; accepted is a tensor")
             if value.shape != own[name].shape:
                 raise ValueError(f"load: {name} has shape {tuple(value.shape)}; accepted is {tuple(own[name].shape)}")
         for name, value in values.items():
@@ -199,7 +211,9 @@ class Replicas:
 
     def manual_seed(self, g: int, seed: int) -> None:
         """Replica g's dropout from here on, as torch.manual_seed(seed) in a solo run."""
-        self._sources.manual_seed(self._in_batch(g), seed)
+        if not _is_seed(seed):
+            raise ValueError(f"manual_seed: seed is {seed!r}; accepted is an int from 0 below 2**63")
+        self._sources.manual_seed(self._in_batch(g), int(seed))
 
     def stack(self, batches: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """One batch of the active replicas' batches, in their order. What is no tensor must be the same in all."""
@@ -217,6 +231,8 @@ class Replicas:
                 whole[name] = first
                 continue
             shapes = {tuple(part.shape) for part in parts}
+            if () in shapes:
+                raise ValueError(f"stack: {name} has no dimension; accepted are tensors whose first one is the rows")
             if len(shapes) > 1:
                 raise ValueError(f"stack: {name} has the shapes {sorted(shapes)}; pad them alike, to one")
             whole[name] = torch.cat(parts)
@@ -225,14 +241,18 @@ class Replicas:
     def repeat(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """The same rows for every active replica, as an evaluation needs them."""
         G = len(self.active)
-        return {k: v.repeat(G, *(1,) * (v.dim() - 1)) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        return {k: torch.cat([v] * G) if isinstance(v, Tensor) and v.dim() else v for k, v in batch.items()}
 
     def split(self, rows: Tensor) -> Tensor:
         """[G x B, ...] as [G, B, ...], by active replica."""
+        if not rows.dim() or rows.shape[0] % len(self.active):
+            raise ValueError(
+                f"split: rows has shape {tuple(rows.shape)}; accepted is a multiple of {len(self.active)} rows"
+            )
         return rows.reshape(len(self.active), -1, *rows.shape[1:])
 
     def stop(self, g: int) -> None:
-        """Replica g leaves the batch with the values that it has."""
+        """Replica g leaves the batch with the values that it has; after the backward of the batch that it was in."""
         self._in_use("stop")
         self._sources.active.remove(self._in_batch(g))
         with torch.no_grad():
@@ -276,7 +296,7 @@ class Replicas:
             raise ReplicaError(f"{call}: the model was released already")
 
     def _known(self, g: int) -> int:
-        if not isinstance(g, int) or not 0 <= g < len(self._rows):
+        if not isinstance(g, Integral) or not 0 <= g < len(self._rows):
             raise IndexError(f"replica {g!r}; there are 0 to {len(self._rows) - 1}")
         return g
 
@@ -292,7 +312,7 @@ class Replicas:
         for name, original in self._originals.items():
             values = [row[name].data for row in rows]
             whole = nn.Parameter(torch.stack(values) if values else original.new_empty([0, *original.shape]))
-            whole.register_post_accumulate_grad_hook(functools.partial(self._deal, name))
+            whole.register_post_accumulate_grad_hook(functools.partial(self._deal, name, self.active))
             for row, value in zip(rows, whole.data.unbind(), strict=True):
                 row[name].data = value
             self._packed[name] = whole
@@ -300,11 +320,11 @@ class Replicas:
             module._parameters[own] = self._packed[name]
 
     @torch.no_grad()
-    def _deal(self, name: str, packed: Tensor) -> None:
-        """Gives every replica its row of a gradient, added to what it has."""
+    def _deal(self, name: str, active: tuple[int, ...], packed: Tensor) -> None:
+        """Gives every replica that was in the batch its row of a gradient, added to what it has."""
         gradient, packed.grad = packed.grad, None
         assert gradient is not None
-        for g, own in zip(self.active, gradient.unbind(), strict=True):
+        for g, own in zip(active, gradient.unbind(), strict=True):
             p = self._rows[g][name]
             if p.grad is None:
                 p.grad = own
@@ -317,8 +337,9 @@ class Replicas:
         if G == 0:
             raise ReplicaError("no replica is left in the batch")
         if G > 1 and any(kwargs.get(name) is not None for name in _LOSS_OF_ALL):
-            raise ValueError("labels are given; a loss over the whole batch mixes replicas: make one of each's logits")
-        rows = next((v.shape[0] for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.dim()), 0)
+            raise ValueError(_MIXED)
+        given = (*args, kwargs.get(getattr(self.model, "main_input_name", "")), *kwargs.values())
+        rows = next((v.shape[0] for v in given if isinstance(v, Tensor) and v.dim()), 0)
         if rows % G:
             raise ValueError(f"the batch has {rows} rows; accepted is a multiple of the {G} replicas in it")
         if any(m.__dict__.get("forward") is not forward for m, forward in self._bound):
@@ -328,6 +349,10 @@ class Replicas:
             own[n].data_ptr() != p.data_ptr() for n, p in self._packed.items()
         ):
             raise ReplicaError("the model was moved or cast since `replicate`, the replicas' parameters were not")
+        if any(p.requires_grad for p in self._frozen):
+            raise ReplicaError(
+                "a parameter that all replicas share was set to train since `replicate`; release() first"
+            )
         if any(getattr(m, "gradient_checkpointing", False) and m.training for m in self.model.modules()):
             raise ReplicaError("transformers' gradient checkpointing would draw other dropout masks in backward")
 
@@ -335,4 +360,7 @@ class Replicas:
 def _forward(replicas: Replicas, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     replicas._ready(args, kwargs)
     with _seeds.replicated(replicas._sources):
-        return type(model).forward(model, *args, **kwargs)
+        outputs = type(model).forward(model, *args, **kwargs)
+    if len(replicas.active) > 1 and getattr(outputs, "loss", None) is not None:
+        raise ValueError(_MIXED)  # labels by place, or by another name
+    return outputs

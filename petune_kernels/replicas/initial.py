@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -10,6 +12,9 @@ from torch import nn
 
 from ..patch import lora
 from ..regimes.structure import read
+
+_LOADED = "_is_hf_initialized"
+"""On a parameter: transformers has loaded it, and _init_weights leaves it alone."""
 
 
 @torch.no_grad()
@@ -22,10 +27,8 @@ def draw(model: nn.Module, seed: int) -> None:
     """
     torch.manual_seed(seed)
     for module in _head(model):
-        own: Any
-        for own in module.parameters(recurse=False):
-            own._is_hf_initialized = False  # transformers leaves alone what it has loaded
-        _base(model)._init_weights(module)
+        with _frozen_kept(module):
+            _base(model)._init_weights(module)
     for module in model.modules():
         if lora.is_layer(module):
             _lora(model, module)
@@ -37,6 +40,27 @@ def draw(model: nn.Module, seed: int) -> None:
         for module in encoder.modules():
             if isinstance(module, (nn.Embedding, nn.Linear)):
                 module.reset_parameters()
+
+
+@contextlib.contextmanager
+def _frozen_kept(module: nn.Module) -> Iterator[None]:
+    """Within it transformers draws a module's parameters anew; afterwards those that do not train are as before: a
+    decoder's weight is the embedding's, and only its bias trains."""
+    own: list[Any] = list(module.parameters(recurse=False))
+    frozen = [(p, p.detach().clone()) for p in own if not p.requires_grad]
+    marks = [(p, p.__dict__.get(_LOADED)) for p in own]
+    for p in own:
+        setattr(p, _LOADED, False)
+    try:
+        yield
+    finally:
+        for p, value in frozen:
+            p.copy_(value)
+        for p, mark in marks:
+            if mark is None:
+                delattr(p, _LOADED)
+            else:
+                setattr(p, _LOADED, mark)
 
 
 def _base(model: Any) -> Any:

@@ -270,7 +270,9 @@ class Tuning:
                 continue
             found = self._validated((yield Evaluate(self.task.validation)), stage, losses, start)
             losses.clear()
-            if self.failed or not last:
+            if self.failed:
+                break
+            if not last:
                 continue
             score = found["loss"] if recipe.stop_on == "loss" else -found[self.task.primary]
             if score < best or recipe.keep == "last" or not self.selected:

@@ -109,6 +109,8 @@ def _csv(path: Path) -> list[tuple[str, Mapping[str, Any]]]:
             reader = csv.DictReader(stream, strict=True)
             if not reader.fieldnames:
                 raise InputError(f"{path} is empty; expected a header and rows")
+            if twice := {name for name in reader.fieldnames if reader.fieldnames.count(name) > 1}:
+                raise InputError(f"{path}: the column {min(twice)!r} is there twice")
             rows: list[tuple[str, Mapping[str, Any]]] = [(f"{path}, line {reader.line_num}", row) for row in reader]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path} cannot be read as a CSV file in UTF-8: {error}") from error
@@ -121,7 +123,7 @@ def _csv(path: Path) -> list[tuple[str, Mapping[str, Any]]]:
 def _jsonl(path: Path) -> list[tuple[str, Mapping[str, Any]]]:
     rows = []
     try:
-        for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+        for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
             if line.strip():
                 rows.append((f"{path}, line {number}", json.loads(line)))
                 if not isinstance(rows[-1][1], dict):
@@ -161,6 +163,8 @@ def _labelled(
 def _cell(where: str, row: Mapping[str, Any], column: str) -> str:
     if column not in row:
         raise InputError(f"{where}: there is no column {column!r}; the columns are {', '.join(map(str, row))}")
+    if isinstance(row[column], list | dict):
+        raise InputError(f"{where}: the column {column!r} has {str(row[column])[:40]}; accepted is a text or a number")
     value = "" if row[column] is None else str(row[column]).strip()
     if not value:
         raise InputError(f"{where}: the column {column!r} is empty")
@@ -183,15 +187,26 @@ def named(task: Named, folder: str | None = None) -> Source:
     needed = ("train", *(split for _, split in task.tests))
     if missing := [split for split in needed if split not in splits]:
         raise InputError(f"{folder or task.dataset} has no split {missing[0]!r}; it has {', '.join(splits)}")
-    names = () if task.regression else tuple(getattr(splits["train"].features.get("label"), "names", None) or "01")
 
     def rows(split: str) -> Examples:
-        parts = [_COMPOSE[task.compose](row, task.columns) for row in splits[split]]
+        parts, labels = [], list[Any]()
+        for i, row in enumerate(splits[split]):
+            where = f"{folder or task.dataset}, split {split}, row {i}"
+            if empty := [column for column in (*task.columns, "label") if row.get(column) is None]:
+                raise InputError(f"{where}: no value in the column {empty[0]!r}; the columns are {', '.join(row)}")
+            parts.append(_COMPOSE[task.compose](row, task.columns))
+            try:
+                labels.append(float(row["label"]) if task.regression else int(row["label"]))
+            except ValueError:
+                raise InputError(f"{where}: the label is {row['label']!r}; accepted is a number") from None
         pairs = None if len(task.columns) == 1 else [pair for _, pair in parts]
-        cast = float if task.regression else int
-        return Examples([text for text, _ in parts], pairs, [cast(label) for label in splits[split]["label"]])
+        return Examples([text for text, _ in parts], pairs, labels)
 
-    return Source(rows("train"), {name: rows(split) for name, split in task.tests}, names)
+    train = rows("train")
+    names: Any = () if task.regression else getattr(splits["train"].features.get("label"), "names", None)
+    if names is None:  # a file of data says how many classes there are by its labels alone
+        names = map(str, range(max(2, 1 + max(map(int, train.labels), default=0))))
+    return Source(train, {name: rows(split) for name, split in task.tests}, tuple(names))
 
 
 def dataset(

@@ -210,6 +210,11 @@ def test_callback_runs_patched_between_begin_and_end(tmp_path: Path) -> None:
     run = trainer(model, tmp_path, [pk.PetuneCallback(keep=True)], max_steps=1)
     run.train()
     assert is_patched(model)
+    pk.unpatch(model)  # between two calls of train(): patched again
+    seen.clear()
+    run.add_callback(Spy())
+    run.train()
+    assert seen == [True] and is_patched(model)
 
 
 def test_callback_with_model_init(tmp_path: Path) -> None:
@@ -260,9 +265,11 @@ def test_memory_levels_in_trainer(tmp_path: Path) -> None:
 def test_callback_says_what_is_wrong(tmp_path: Path) -> None:
     model = build("bert")
     frozen = [p.requires_grad_(False) for p in model.parameters()]
-    optimizer = torch.optim.AdamW([frozen[0]])
-    with pytest.raises(ValueError, match="regime='layernorm' trains .* optimizer given to Trainer does not hold"):
-        trainer(model, tmp_path, [pk.PetuneCallback("layernorm")], optimizers=(optimizer, None))
+    optimizer, names = torch.optim.AdamW([frozen[0]]), dict(model.named_parameters()).keys()
+    for regime in ("layernorm", "random"):
+        with pytest.raises(ValueError, match=f"regime='{regime}' trains .* optimizer given to Trainer does not hold"):
+            trainer(model, tmp_path, [pk.PetuneCallback(regime)], optimizers=(optimizer, None))
+        assert dict(model.named_parameters()).keys() == names and not any(p.requires_grad for p in model.parameters())
     with pytest.raises(ValueError, match="regime"):
         trainer(build("bert"), tmp_path, [pk.PetuneCallback("layer_norm")])
     model = build("bert")

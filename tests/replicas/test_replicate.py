@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification
 
 import petune_kernels as pk
-from petune_kernels import cuda_graph
+from petune_kernels import cuda_graph, replicas
 from petune_kernels.ops import _seeds, attention
 from petune_kernels.patch import graphs
 
+from ..patch.models import build
 from ..recorder import Recorder
 from .runs import QV, data, init, make, unlabelled
 
@@ -185,14 +189,35 @@ def test_load_sets_values_and_names_what_does_not_fit() -> None:
         runs.load(1, {"classifier.bais": value})
     with pytest.raises(ValueError, match=r"classifier.bias has shape \(2,\); accepted is \(3,\)"):
         runs.load(1, {"classifier.bias": value[:2]})
+    with pytest.raises(TypeError, match="classifier.bias is list; accepted is a tensor"):
+        runs.load(1, {"classifier.bias": [1.0, 2.0, 3.0]})  # type: ignore[dict-item]
+    runs.release()
+    with pytest.raises(pk.ReplicaError, match="load: the model was released already"):
+        runs.load(1, {"classifier.bias": value})
 
 
 def test_a_call_that_would_mix_replicas_is_refused() -> None:
     model: Any = make("bert", "layernorm")
     runs, inputs = pk.replicate(model, [0, 1], init=init), next(data("bert", 0))
     whole = runs.repeat(inputs)
-    with pytest.raises(ValueError, match="labels are given"):
-        model(**whole)
+    ids, labels = whole["input_ids"], whole["labels"]
+    for call in (lambda: model(**whole), lambda: model(ids, None, None, None, None, labels)):
+        with pytest.raises(ValueError, match="labels are given"):
+            call()
+    for name in replicas._LOSS_OF_ALL:
+        with pytest.raises(ValueError, match="labels are given"):
+            model(ids, **{name: labels})
+    assert model(position_ids=torch.arange(9)[None], input_ids=ids).logits.shape == (6, 3)
+    word = next(p for p in model.parameters() if not p.requires_grad).requires_grad_()
+    with pytest.raises(pk.ReplicaError, match="that all replicas share was set to train"):
+        model(ids)
+    word.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"split: rows has shape \(5, 3\); accepted is a multiple of 2 rows"):
+        runs.split(torch.zeros(5, 3))
+    with pytest.raises(ValueError, match="stack: label has no dimension"):
+        runs.stack([{"label": torch.tensor(1)}] * 2)
+    with pytest.raises(ValueError, match="manual_seed: seed is -1; accepted is an int from 0"):
+        runs.manual_seed(0, -1)
     with pytest.raises(ValueError, match="the batch has 3 rows; accepted is a multiple of the 2"):
         model(**unlabelled(inputs))
     shorter = {k: v[:, :5] for k, v in unlabelled(inputs).items()}
@@ -267,6 +292,11 @@ def test_seeds_that_are_none_are_named(seeds: Any, message: str) -> None:
         pk.replicate(make("bert", "frozen"), seeds)
 
 
+def test_seeds_and_replicas_may_be_numpys() -> None:
+    runs = pk.replicate(make("bert", "frozen"), np.arange(2), init=init)
+    assert runs.seeds == ((0, 0), (1, 1)) and runs.parameters(np.int64(1))[0] is runs.parameters(1)[0]
+
+
 def test_other_arguments_are_named() -> None:
     with pytest.raises(TypeError, match="model is str"):
         pk.replicate("bert", [0])  # type: ignore[arg-type]
@@ -332,3 +362,42 @@ def test_a_model_with_graphs_has_them_again(monkeypatch: pytest.MonkeyPatch) -> 
 
 def fails(model: nn.Module, wi: int) -> None:
     raise ValueError("no such luck")
+
+
+@pytest.mark.parametrize("family", ("distilbert", "electra", "modernbert"))
+def test_draw_leaves_frozen_values_alone(family: str) -> None:
+    """A decoder's weight is the embedding's: frozen, and shared by all replicas."""
+    model = build(family, head="masked_lm")
+    pk.tune(model, "layernorm")
+    before = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
+    marks = [dict(p.__dict__) for p in model.parameters()]
+    pk.replicate(model, [0, 1]).release()
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters() if n in before)
+    assert [dict(p.__dict__) for p in model.parameters()] == marks
+
+
+def test_draw_redraws_a_head_that_was_loaded(tmp_path: Path) -> None:
+    make("bert", "frozen").save_pretrained(tmp_path)
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    pk.tune(model, "frozen")
+    own = model.classifier.weight.detach().clone()
+    runs = pk.replicate(model, [0, 1])
+    first, second = (runs.named_parameters(g)["classifier.weight"] for g in (0, 1))
+    assert not torch.equal(first, own) and not torch.equal(first, second)
+
+
+def test_gradients_go_to_the_replicas_of_their_forward() -> None:
+    """Also where one was stopped, or came back, between forward and backward."""
+    model = make("bert", "layernorm", dropout=False)
+    runs = pk.replicate(model, [0, 1], init=init)
+    batch = runs.repeat(unlabelled(next(data("bert", 0))))
+    for change in (lambda: None, lambda: runs.stop(0), lambda: (runs.stop(0), runs.resume(0))):
+        rows = runs.split(model(**batch).logits)
+        change()
+        rows[1].sum().backward()
+        assert not any(p.grad.any() for p in runs.parameters(0)) and any(p.grad.any() for p in runs.parameters(1))
+        if 0 not in runs.active:
+            runs.resume(0)
+        runs.stop(1), runs.resume(1)
+        for p in (*runs.parameters(0), *runs.parameters(1)):
+            p.grad = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import random
 from pathlib import Path
 from typing import Any
@@ -168,6 +169,13 @@ def test_a_loss_that_is_not_finite_is_reported(tiny_model: Path) -> None:
     outcome = run(tiny_model, "full", dataclasses.replace(QUICK, lr=1e30, warmup=0.0))
     assert outcome.failed is not None and "loss" in outcome.failed
     assert outcome.test == {} and outcome.validation == {}
+
+
+def test_a_validation_loss_that_is_not_finite_ends_the_run(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(single.Tuning, "evaluate", lambda self, part: (math.inf, {"accuracy": 0.5}))
+    outcome = run(tiny_model)
+    assert outcome.failed == "the validation loss after step 4 is inf"
+    assert outcome.stages[0]["steps"] == 4 and len(outcome.history) == 1
 
 
 @pytest.mark.parametrize("kind", ["bert", "roberta"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -107,6 +108,25 @@ def test_a_glue_task_from_a_local_copy(tmp_path: Path) -> None:
         load(TaskSpec("mnli", path=str(tmp_path / "rte")))
 
 
+def test_a_copy_of_data_files_has_the_classes_of_its_labels(tmp_path: Path) -> None:
+    """No features say there how many classes there are; a sentence may be empty, as some of QQP's are."""
+
+    def part(name: str, rows: int, **changes: Any) -> None:
+        lines = [{"premise": f"{name} {i}", "hypothesis": "", "label": i % 3} | changes for i in range(rows)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
+
+    part("train", 40)
+    part("validation", 20)
+    assert load(TaskSpec("cb", path=str(tmp_path))).names == ("0", "1", "2")
+    for changes, message in (
+        ({"label": "neutral"}, "split train, row 0: the label is 'neutral'; accepted is a number"),
+        ({"premise": None}, "split train, row 0: no value in the column 'premise'"),
+    ):
+        part("train", 40, **changes), part("validation", 20, **changes)
+        with pytest.raises(InputError, match=message):
+            load(TaskSpec("cb", path=str(tmp_path)))
+
+
 def test_any_data_set_from_a_local_copy(tmp_path: Path) -> None:
     spec = TaskSpec("mine", dataset=str(hub_copy(tmp_path / "d")), text="sentence1", pair="sentence2")
     assert len(load(spec).tests["test"]) == 20
@@ -139,7 +159,7 @@ def test_the_named_fields_of_superglue_become_texts() -> None:
 
 def test_csv_and_jsonl_with_pairs_and_scores(tmp_path: Path) -> None:
     rows = [{"a": f"first {i}", "b": f"second {i}", "y": i / 10} for i in range(20)]
-    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows) + "\n")
+    (tmp_path / "rows.jsonl").write_text("\ufeff" + "\n".join(json.dumps(row) for row in rows) + "\n")
     (tmp_path / "rows.csv").write_text("a,b,y\n" + "\n".join(f"{r['a']},{r['b']},{r['y']}" for r in rows))
     common = {"text": "a", "pair": "b", "label_column": "y", "regression": True}
     first, second = (load(TaskSpec("s", file=str(tmp_path / f), **common)) for f in ("rows.jsonl", "rows.csv"))
@@ -156,6 +176,12 @@ def test_csv_and_jsonl_with_pairs_and_scores(tmp_path: Path) -> None:
         ("x.csv", "words,label\na,0\n", "no column 'text'; the columns are words, label"),
         ("x.jsonl", '{"text": "a", "label": 0}\n[1]\n', "line 2: expected a JSON object"),
         ("x.jsonl", "{", "cannot be read as JSON lines"),
+        (
+            "x.jsonl",
+            '{"text": ["a"], "label": 0}',
+            "line 1: the column 'text' has .'a'.; accepted is a text or a number",
+        ),
+        ("x.csv", "text,label,label\na,0,1\n", "the column 'label' is there twice"),
         ("x.csv", "text,label\na,0\nb,NaN\n", "line 3: the label is NaN"),
         ("x.csv", "text,label\na,0\nb\n", "line 3: the column 'label' is empty"),
         ("x.csv", "", "is empty; expected a header"),
