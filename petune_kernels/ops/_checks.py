@@ -6,6 +6,7 @@ PyTorch reads it (docs/decisions.md, "Overlapping inputs are read, not refused")
 
 from __future__ import annotations
 
+from numbers import Real
 from typing import TypeVar
 
 import torch
@@ -15,7 +16,8 @@ from ..meta import autocasts
 
 _Given = TypeVar("_Given", torch.Tensor, torch.Tensor | None)
 
-_NEEDED = ("x", "u", "q", "k", "v")
+_NEEDED = ("x", "u", "q", "k", "v", "w")
+"""Arguments that are never None."""
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -82,7 +84,7 @@ def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
 
 
 def probability(op: str, p: float) -> None:
-    if not isinstance(p, (int, float)) or not 0.0 <= p < 1.0:
+    if not isinstance(p, (int, float, Real)) or not 0.0 <= p < 1.0:
         raise ValueError(f"{op}: p is {p!r}; accepted is a probability in [0, 1)")
 
 

@@ -118,14 +118,14 @@ def load(ctx: Any) -> Sequence[Any]:
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
     """A backward that has no derivative, and says so at once: torch's own guard, where dy needs no gradient (the sum of
     outputs), lets a second derivative through that lacks what this one would add."""
-    op = backward.__qualname__.partition(".")[0]
+    op = backward.__qualname__.partition(".")[0].lstrip("_")
 
     @functools.wraps(backward)
     def wrapper(ctx: Any, *dy: Any) -> Any:
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError(
-                f"{op}: backward with create_graph=True, and this op has no second derivative; pk.unpatch(model) gives "
-                "stock's"
+                f"{op}: backward with create_graph=True, and this op has no second derivative; of a patched model "
+                "pk.unpatch(model) gives stock's"
             )
         return backward(ctx, *dy)
 
@@ -284,8 +284,8 @@ class Frame:
                     stack.enter_context(torch.autocast(**setting))
                 self.call(*args, **kwargs)
             raise RuntimeError(
-                f"backward ran {self.call} again, and it took another path than in forward: a model with memory="
-                "'recompute' or 'checkpoint' must do the same with the same input. Use memory='exact'"
+                f"backward ran {self.call.__name__} again, and it took another path than in forward: a model with "
+                "memory='recompute' or 'checkpoint' must do the same with the same input. Use memory='exact'"
             )
         except _Enough:
             pass

@@ -257,7 +257,7 @@ def attention(
     groups = q.shape[1] // k.shape[1]
     if groups > 1 and q.shape[2] == 1 and seed is None and (mask is None or mask.stride(1) == 0):
         # the one row of heads that share keys (a decoder that generates) as rows of one head: no copy of the cache
-        rows = q.reshape(q.shape[0], -1, groups, q.shape[3])
+        rows = q.unflatten(1, (k.shape[1], groups)).squeeze(3)
         seen = None if mask is None else mask[:, : rows.shape[1]].expand(-1, -1, groups, -1)
         o = pick(op, q)(rows, k, v, seen, None, p, scale, False)
         return _left(o.reshape(q.shape))

@@ -174,7 +174,7 @@ def projections(
         G = max(G, check.small(op, T, m.shape[0], **{f"bias[{i}]": c}))
         _adapter_dtype(op, x, **{f"bias[{i}]": c})
     for i, c in enumerate(bias):
-        if c is not None and c.dim() == 2 and c.shape[0] != G:
+        if c is not None and c.dim() == 2 and c.shape[0] not in (1, G):
             raise ValueError(f"{op}: bias[{i}] has {c.shape[0]} replicas, another has {G}; they must agree")
     return T, K, G
 
@@ -313,6 +313,8 @@ def lora_linear(
     """
     op = "lora_linear"
     single = isinstance(w, Tensor)
+    if not isinstance(w, (Tensor, list, tuple)):
+        raise TypeError(f"{op}: w is {type(w).__name__}; accepted is a torch.Tensor or a list of them")
     ws: list[Any] = [w] if isinstance(w, Tensor) else list(w)
     n = len(ws)
     if n == 0:

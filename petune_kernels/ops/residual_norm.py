@@ -28,6 +28,7 @@ input, two statistics and a mask byte per element; this op keeps one row and one
 from __future__ import annotations
 
 from functools import partial
+from numbers import Real
 from typing import Any
 
 import torch
@@ -168,7 +169,7 @@ def residual_norm(
         bias, gamma, beta = check.per_replica(G, *check.one_dtype(x, bias, gamma, beta))
         x, residual = check.dense(x), check.dense(residual)
     check.probability(op, p)
-    if not isinstance(eps, (int, float)) or not eps >= 0.0:
+    if not isinstance(eps, (int, float, Real)) or not eps >= 0.0:
         raise ValueError(f"{op}: eps is {eps!r}; accepted is a number of at least 0")
     seed = check.seeds(op, seed, x.numel() // x.shape[-1], G, x.device)
     if p == 0.0:

@@ -144,6 +144,9 @@ def patch(
 def unpatch(model: nn.Module) -> None:
     """Takes every fused forward off: the very same modules and methods as before `patch`. No-op on an unpatched model.
 
+    transformers reads a model's attention from its config: of two patched models with one config object (both made by
+    from_config), unpatching the one gives both their own attention back.
+
     Raises:
         TypeError: `model` is no nn.Module.
         PatchError: something else replaced a patched module's forward afterwards; nothing is changed then.
@@ -163,7 +166,8 @@ def unpatch(model: nn.Module) -> None:
         pattern.unbind(module)
     for root in filter(attention.marked, list(model.modules())):
         attention.unbind(root)
-    attention.disown(model)
+    if bound:  # else nothing here is ours: its config may be that of another model, which is patched
+        attention.disown(model)
 
 
 @contextlib.contextmanager

@@ -63,14 +63,16 @@ def verify(root: nn.Module, seen: Trace) -> tuple[str, list[nn.Module]]:
     twin = pattern.bare(seen.ran[root], twins)
     original = {copy: module for module, copy in twins.items()}
     called: list[nn.Module] = []
-    configs = _switch(root)
+    configs = _named(root)
+    _switch(root)
     try:
         with _listening(called):
             fused = trace.run(twin)
     except Exception as error:  # what the op does not compute, it says: soft caps, sinks
         return f"{type(error).__name__}: {error}", []
-    finally:
-        _restore(configs)
+    finally:  # also where the names are ours, in a model that shares its config with this one
+        for config, name in configs:
+            config._attn_implementation_internal = name
     reason = "; ".join(filter(None, map(pattern.difference, seen.outputs[root], fused)))
     if not reason and not called:
         reason = "none of its modules called the attention function"

@@ -101,6 +101,7 @@ def _in_mode(module: nn.Module, own: Callable[..., Any]) -> Callable[..., Any]:
             )
         return own(*args, **kwargs)
 
+    run.__name__ = f"the forward of {type(module).__name__}"
     return run
 
 

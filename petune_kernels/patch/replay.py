@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .. import cuda_graph
+from ..ops import _saving as saving
 from .watch import Watch
 
 PLAIN = (type(None), bool, int, float, str)
@@ -70,8 +71,11 @@ class Graph:
                     recorder.probe(self._once)
                 except RuntimeError as error:
                     raise Unservable(f"that no graph takes ({str(error).splitlines()[0]})") from error
-                self._replay_forward = recorder.record(self._run_forward)
-                self._replay_backward = recorder.record(self._run_backward) if self._given else None
+                try:
+                    self._replay_forward = recorder.record(self._run_forward)
+                    self._replay_backward = recorder.record(self._run_backward) if self._given else None
+                except Unservable as error:  # while capturing it is no longer a reason to run plainly
+                    raise RuntimeError(str(error)) from error
         self._live = []
         with torch.no_grad():
             for buffer, value in buffers:
@@ -191,7 +195,7 @@ class _Replay(torch.autograd.Function):
         return tuple(outputs)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @saving.once_differentiable
     def backward(ctx: Any, *dy: Tensor | None) -> Any:
         if ctx.ticket.spent:
             raise RuntimeError(

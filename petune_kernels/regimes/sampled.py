@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+
+from ..ops._saving import once_differentiable
 
 _ATTRIBUTE = "_petune_sampled"
 _VALUES = "_sampled"

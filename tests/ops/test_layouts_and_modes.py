@@ -18,6 +18,7 @@ from petune_kernels.ops.column_sum import column_sum
 from petune_kernels.ops.dropout import dropout
 from petune_kernels.ops.frozen_linear import frozen_linear
 from petune_kernels.ops.lora_linear import lora_linear
+from petune_kernels.ops.replica_linear import replica_linear
 from petune_kernels.ops.residual_norm import residual_norm
 
 BIASES: dict[str, Callable[[], Tensor]] = {
@@ -160,6 +161,13 @@ def test_one_row_of_grouped_heads(masked: bool, dtype: torch.dtype, monkeypatch:
     torch.testing.assert_close(attention(q, k, v, by_head).double(), exact, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("S", (1, 3))
+@pytest.mark.parametrize("masked", (False, True))
+def test_attention_of_no_rows(S: int, masked: bool) -> None:
+    q, k, v = (torch.zeros(0, heads, n, 8) for heads, n in ((4, S), (2, 5), (2, 5)))
+    assert attention(q, k, v, torch.zeros(1, 1, S, 5).expand(0, 4, S, 5) if masked else None).shape == (0, 4, S, 8)
+
+
 def test_seeds_in_any_layout() -> None:
     x, seeds = torch.randn(6, 8), torch.tensor([[1, 7], [2, 8], [3, 9]])
     dense = seeds[:, 1].contiguous()
@@ -185,6 +193,17 @@ def test_one_row_of_parameters_is_every_replica_s(shapes: tuple[tuple[int, ...],
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
+def test_one_row_of_a_bias_is_every_replica_s() -> None:
+    x, w = torch.randn(6, 8), torch.randn(4, 8)
+    bias = [torch.randn(G, 4, requires_grad=True) for G in (1, 3)]
+    ys = lora_linear(x, [w, w], bias)
+    own = [x @ w.T + b.repeat_interleave(6 // len(b), 0) for b in bias]
+    for ours, theirs in zip(ys, own, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    for ours, theirs in zip(*(torch.autograd.grad(sum(map(torch.sum, t)), bias) for t in (ys, own)), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
 @pytest.mark.parametrize("call,message", (
     (lambda: residual_norm(None), "residual_norm: x is NoneType"),
     (lambda: bias_act(None), "bias_act: u is NoneType"),
@@ -192,6 +211,8 @@ def test_one_row_of_parameters_is_every_replica_s(shapes: tuple[tuple[int, ...],
     (lambda: column_sum(None), "column_sum: x is NoneType"),
     (lambda: attention(None, None, None), "attention: q is NoneType"),
     (lambda: lora_linear(None, torch.ones(2, 2)), "lora_linear: x is NoneType"),
+    (lambda: lora_linear(torch.ones(2, 2), None), "lora_linear: w is NoneType; accepted is a torch.Tensor or a list"),
+    (lambda: replica_linear(torch.ones(2, 2), None), "replica_linear: w is NoneType"),
 ), ids=lambda value: value if isinstance(value, str) else "")  # fmt: skip
 def test_nothing_in_the_place_of_a_tensor_is_named(call: Callable[[], object], message: str) -> None:
     with pytest.raises(TypeError, match=message):

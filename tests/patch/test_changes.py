@@ -46,10 +46,11 @@ def test_attentions_on_request(family: str, attention: str) -> None:
     mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1] * 6])
     inputs = dict(input_ids=ids(), attention_mask=mask)
     pk.patch(model)
-    plain, asked = model(**inputs), model(**inputs, output_attentions=True)
+    plain, asked = (model(**inputs, output_hidden_states=True, **more) for more in ({}, {"output_attentions": True}))
     assert len(asked.attentions) == model.config.num_hidden_layers
     assert all(w is not None and w.isfinite().all() for w in asked.attentions)
-    close(asked.logits, plain.logits)
+    for ours, theirs in zip((asked.logits, *asked.hidden_states), (plain.logits, *plain.hidden_states), strict=True):
+        close(ours, theirs)
     pk.unpatch(model)
     model.set_attn_implementation("eager")
     own = model(**inputs, output_attentions=True)
@@ -142,6 +143,20 @@ def test_another_activation_after_patch(family: str) -> None:
         setattr(block, pattern.bound_parts(block)["act"], nn.ReLU())
     assert blocks and (logits(model, **inputs) - before).norm() > 1e-3 * before.norm()
     as_stock(model, **inputs)
+
+
+@torch.no_grad()
+def test_another_kind_of_gelu_after_patch() -> None:
+    model = build("bert").eval()
+    for layer in model.bert.encoder.layer:
+        layer.intermediate.intermediate_act_fn = nn.GELU()
+    pk.patch(model)
+    before = logits(model, input_ids=ids())
+    for layer in model.bert.encoder.layer:
+        assert pattern.pattern_of(layer.intermediate) == "mlp"
+        layer.intermediate.intermediate_act_fn.approximate = "tanh"
+    assert not torch.equal(logits(model, input_ids=ids()), before)
+    as_stock(model, input_ids=ids())
 
 
 class Halving(nn.Module):
@@ -258,6 +273,21 @@ def test_names_in_configs_never_outlive_the_patch() -> None:
     assert {c.config._attn_implementation for c in (model, other, model.bert)} == {"sdpa"}
 
 
+def test_a_config_of_two_models() -> None:
+    """from_config gives both the same object."""
+    model = build("bert").eval()
+    other = type(model)(model.config).eval()
+    assert other.config is model.config
+    pk.patch(model)
+    pk.unpatch(other)
+    other.bert.encoder.layer[0].output.LayerNorm = nn.LayerNorm((1, 48))
+    with pytest.raises(pk.PatchError, match="strict=True"):
+        pk.patch(other, strict=True)
+    assert model.config._attn_implementation == "petune"
+    pk.unpatch(model)
+    assert model.config._attn_implementation == "sdpa"
+
+
 def test_an_attention_chosen_after_patch_is_kept() -> None:
     model = build("bert").eval()
     pk.patch(model)
@@ -280,6 +310,11 @@ def test_a_mode_changed_between_forward_and_backward() -> None:
     with pytest.raises(RuntimeError, match=r"train\(\) or eval\(\) was called between forward and backward"):
         loss.backward()
     model.train()
+    pk.patch(model, memory="recompute")
+    loss = logits(model, input_ids=ids()).sum()
+    model.bert.encoder.layer[0].intermediate.intermediate_act_fn = nn.ReLU()
+    with pytest.raises(RuntimeError, match="ran the forward of BertIntermediate again, and it took another path"):
+        loss.backward()
     logits(model, input_ids=ids()).sum().backward()
 
 
@@ -292,8 +327,9 @@ def test_a_text_of_padding_alone_beside_a_position_bias() -> None:
     as_stock(model, input_ids=ids(), attention_mask=mask, decoder_input_ids=ids())
 
 
-def test_patched_where_new_tensors_are_meta() -> None:
-    model = build("bert").eval()
+@pytest.mark.parametrize("family", ("bert", "gpt2"))
+def test_patched_where_new_tensors_are_meta(family: str) -> None:
+    model = build(family).eval()
     with torch.device("meta"):
         pk.patch(model)
     with torch.no_grad():

@@ -135,6 +135,15 @@ def test_a_second_backward_raises() -> None:
         loss.backward()
 
 
+def test_a_second_derivative_is_refused() -> None:
+    """Also of a sum, whose gradient needs none."""
+    model, data = graphed(lengths=1, dropout=False), models.batch(S=8)
+    model(**data)
+    with pytest.raises(RuntimeError, match="Replay: backward with create_graph=True"):
+        model(**data).logits.sum().backward(create_graph=True)
+    assert only(model).replayed == 1
+
+
 def test_results_are_the_caller_s() -> None:
     model = graphed(lengths=1, regime="full")
     model(**models.batch(S=8))

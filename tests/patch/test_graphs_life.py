@@ -220,6 +220,32 @@ def test_a_failed_capture_says_so() -> None:
         model(**data)
 
 
+class Coming(nn.Linear):
+    """Its second parameter takes part in every other call, or from call `since` on."""
+
+    calls, since = 0, 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        y = super().forward(x)
+        return y + self.extra if (self.calls >= self.since if self.since else self.calls % 2) else y
+
+
+@pytest.mark.parametrize("since", (0, 6))
+def test_gradients_that_come_and_go(since: int) -> None:
+    """Seen while warming up the layers run plainly; seen in the capture itself it is an error."""
+    model, data = graphed(lengths=1, dropout=False), models.batch(S=8)
+    dense = model.bert.encoder.layer[0].output.dense
+    dense.__class__, dense.since, dense.extra = Coming, since, nn.Parameter(torch.ones(48))
+    model(**data)
+    if since:
+        with pytest.raises(RuntimeError, match="cannot be captured with .* whose gradients come and go"):
+            model(**data)
+        return
+    model(**data).loss.backward()
+    assert only(model).plain["whose gradients come and go"] == 1 and not only(model).captured
+
+
 def test_a_varying_number_is_not_captured_each_time() -> None:
     model = graphed(lengths=1)
     for i in range(4):

@@ -249,6 +249,18 @@ def test_a_step_between_forward_and_backward_raises(small_bert, batch, way: str)
         loss.backward()
 
 
+def test_a_second_derivative_is_right_or_refused(small_bert, batch, way: str) -> None:
+    model = small_bert()
+    tune(model, "random", fraction=0.3, train_head=False)
+    if way == "columns":
+        with pytest.raises(RuntimeError, match="Gather: backward with create_graph=True"):
+            model(**batch).logits.sum().backward(create_graph=True)
+    else:
+        trained = [p for p in model.parameters() if p.requires_grad]
+        grads = torch.autograd.grad(model(**batch).logits.sum(), trained, create_graph=True)
+        assert all(g.requires_grad for g in grads)
+
+
 def test_shared_weights_share_their_samples() -> None:
     model = Plain().eval()
     first, second = model.encoder.layers
