@@ -61,6 +61,7 @@ def verify(root: nn.Module, seen: Trace) -> tuple[str, list[nn.Module]]:
         return seen.failed[root], []
     twins: dict[nn.Module, nn.Module] = {}
     twin = pattern.bare(seen.ran[root], twins)
+    twin.__dict__.pop("forward", None)  # as in trace.observe
     original = {copy: module for module, copy in twins.items()}
     called: list[nn.Module] = []
     configs = _named(root)
@@ -73,6 +74,8 @@ def verify(root: nn.Module, seen: Trace) -> tuple[str, list[nn.Module]]:
     finally:  # also where the names are ours, in a model that shares its config with this one
         for config, name in configs:
             config._attn_implementation_internal = name
+    if any(module not in original for module in called):
+        return "forwards were replaced on instances in it (by accelerate's hooks, say): patch it before that", []
     reason = "; ".join(filter(None, map(pattern.difference, seen.outputs[root], fused)))
     if not reason and not called:
         reason = "none of its modules called the attention function"

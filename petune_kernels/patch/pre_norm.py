@@ -51,6 +51,7 @@ def _parts(module: nn.Module, call: Call | None) -> Sequence[Parts]:
                 "names": names[1:],
                 "given": kwargs,
                 "required": _required(module.get_submodule(mixer)),
+                "by_name": call.by_name,
             }
             found.append(parts | {"dropout": drops[0] if drops else None})
     return found
@@ -116,14 +117,16 @@ def _outline(module: nn.Module, parts: Parts, call: Call | None) -> nn.Module:
 def _forward(module: Any, parts: Parts, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
     named = dict(zip(parts["names"], args, strict=False)) | kwargs
     passed = {name: value for name, value in named.items() if value is not None and value is not False}
-    first, mixer, second, mlp = (getattr(module, parts[role]) for role in ("first", "mixer", "second", "mlp"))
+    first, second = getattr(module, parts["first"]), getattr(module, parts["second"])
     dropout = getattr(module, parts["dropout"]) if parts["dropout"] else None
     settings, x = parts["norm"], hidden_states
     autocast = x.is_cuda and torch.is_autocast_enabled("cuda")  # float32 norms there: see norm.widened
+    again = module.training and getattr(module, "gradient_checkpointing", False)  # transformers' own: the class does it
     replaced = type(second) is not parts["kind"] or not pattern.undisturbed(second)
-    if any(name not in parts["given"] for name in passed) or replaced or autocast:
+    if any(name not in parts["given"] for name in passed) or replaced or autocast or again:
         return type(module).forward(module, hidden_states, *args, **kwargs)
-    out = mixer(first(hidden_states), **{name: None for name in parts["required"] if name not in passed}, **passed)
+    passed |= {name: None for name in parts["required"] if name not in passed}
+    out = _call(module, parts, "mixer", first(hidden_states), passed)
     x = out[0] if isinstance(out, tuple) else out
     p = 0.0
     if dropout is not None:
@@ -136,8 +139,14 @@ def _forward(module: Any, parts: Parts, hidden_states: Tensor, *args: Any, **kwa
         y = second(z)
     else:
         y, z = residual_norm(x, residual=hidden_states, p=p, return_z=True, **norm.settings(second, settings, x))
-    out = mlp(y)
+    out = _call(module, parts, "mlp", y, {})
     return z + (out if dropout is None else dropout(out))
+
+
+def _call(module: nn.Module, parts: Parts, role: str, x: Tensor, more: dict[str, Any]) -> Any:
+    """A block, given x by name where the layer's own forward does so."""
+    block, name = getattr(module, parts[role]), parts["by_name"].get(parts[role])
+    return block(**{name: x}, **more) if name else block(x, **more)
 
 
 PATTERN = Pattern(

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import meta
+from ..ops import _saving as saving
 from ..ops.frozen_linear import faster
 from ..ops.lora_linear import Projection, project
 from . import linear, lora, pattern
@@ -90,8 +91,9 @@ def verify(modules: tuple[nn.Module, ...]) -> str:
         x = pattern.random_rows(first.w, first.w.shape[1], generator)
         twins = tuple(pattern.bare(m) for m in modules)
         together, group = [], Group(twins)
-        for twin in twins:
-            together.append(_forward(twin, group, x))
+        with torch.enable_grad():  # as in training
+            for twin in twins:
+                together.append(_forward(twin, group, x).detach())
         own = [type(twin).forward(twin, x) for twin in twins]
     return "; ".join(filter(None, map(pattern.difference, own, together)))
 
@@ -138,7 +140,10 @@ def _untold(x: Tensor) -> bool:
 def _gains(it: Projection, x: Tensor) -> bool:
     """Whether one op for all is better for this projection than its own matmul. The same wherever the layer runs again:
     sums of dx round differently in one op, so a weight that trains is no matter of whether x can be made again."""
-    return it.a is not None or it.w.requires_grad or faster(x, it.w, it.bias)
+    if it.a is not None:
+        return True
+    trains = it.w.requires_grad and torch.is_grad_enabled()  # a model that generates has no use for the op's graph
+    return saving.decided(trains) or faster(x, it.w, it.bias)
 
 
 PATTERN = Pattern("shared_input", lambda module, call: (), lambda module, parts: "", lambda *_: (), _forward)

@@ -23,12 +23,14 @@ from . import pattern
 
 @dataclass(frozen=True)
 class Call:
-    """How a module was first called, how often, and which modules were called with what it gave."""
+    """How a module was first called, how often, which modules were called with what it gave, and for the children that
+    it calls with nothing but keywords the first of these."""
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     times: int = 1
     next: tuple[nn.Module, ...] = ()
+    by_name: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -65,6 +67,7 @@ def observe(model: nn.Module) -> Trace:
         for module in dict.fromkeys(m for m in (root, root.base_model) if isinstance(m, nn.Module)):
             twins: dict[nn.Module, nn.Module] = {}
             twin = pattern.bare(module, twins)
+            twin.__dict__.pop("forward", None)  # somebody's around the whole model (accelerate's autocast) is not asked
             calls: dict[nn.Module, Call] = {}
             made: dict[nn.Module, Tensor] = {}
             for original, copy in twins.items():
@@ -119,9 +122,16 @@ def _follow(calls: dict[nn.Module, Call], made: dict[nn.Module, Tensor]) -> dict
         for value in (*call.args[:1], *list(call.kwargs.values())[:1]):
             takers.setdefault(id(value), []).append(module)
     return {
-        module: dataclasses.replace(call, next=tuple(takers.get(id(made.get(module)), ())))
+        module: dataclasses.replace(
+            call, next=tuple(takers.get(id(made.get(module)), ())), by_name=_by_name(module, calls)
+        )
         for module, call in calls.items()
     }
+
+
+def _by_name(module: nn.Module, calls: dict[nn.Module, Call]) -> dict[str, str]:
+    inner = {name: calls[child] for name, child in module.named_children() if child in calls}
+    return {name: next(iter(call.kwargs)) for name, call in inner.items() if call.kwargs and not call.args}
 
 
 def _device(root: nn.Module) -> torch.device:
