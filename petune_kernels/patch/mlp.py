@@ -84,14 +84,9 @@ def _halves(dense: Any, x: Tensor, swap: bool) -> tuple[Tensor, Tensor | None, T
 
 
 def _forward(module: nn.Module, parts: Parts, *args: Tensor, **kwargs: Tensor) -> Tensor:
-    act, gate = getattr(module, parts["act"]), None
-    own = act.__dict__
-    changed = type(act) is not parts["kind"] or own.get("approximate") != parts["approximate"]
-    if (
-        changed or "forward" in own or pattern.has_hooks(act) or kwargs or len(args) != 1
-    ):  # somebody listens to it, changed it or put another in its place
+    if kwargs or len(args) != 1 or _changed(getattr(module, parts["act"]), parts):
         return type(module).forward(module, *args, **kwargs)
-    (x,) = args
+    (x,), gate = args, None
     if "both" in parts:
         u, bias, gate = _halves(getattr(module, parts["both"]), x, parts["swap"])
     elif "gate" in parts:
@@ -105,6 +100,13 @@ def _forward(module: nn.Module, parts: Parts, *args: Tensor, **kwargs: Tensor) -
     if "down" in parts:
         h = getattr(module, parts["down"])(h)
     return getattr(module, parts["end"])(h) if "end" in parts else h
+
+
+def _changed(act: nn.Module, parts: Parts) -> bool:
+    """Whether somebody listens to the activation, changed it or put another in its place."""
+    own = act.__dict__
+    same = type(act) is parts["kind"] and own.get("approximate") == parts["approximate"]
+    return not same or "forward" in own or pattern.has_hooks(act)
 
 
 def _spare(module: nn.Module, parts: Parts) -> bool:
