@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import petune_kernels as pk
-from petune_kernels import backends
+from petune_kernels import backends, reference
 from petune_kernels.ops.bias_act import bias_act
 from petune_kernels.ops.residual_norm import residual_norm
 
@@ -26,6 +26,13 @@ def test_a_backend_that_does_not_serve_says_so() -> None:
         pytest.raises(pk.BackendError, match="'cpu' has no kernel for residual_norm on cpu"),
     ):
         residual_norm(torch.ones(2, 8, dtype=torch.float16))
+
+
+def test_a_backend_within_another_gives_way_to_it_again() -> None:
+    with pk.backend("reference"):
+        with pk.backend("reference"):
+            pass
+        assert backends.pick("dropout", torch.ones(2)) is reference.dropout
 
 
 def test_triton_serves_a_gpu_and_three_dtypes() -> None:
@@ -114,3 +121,5 @@ def test_triton_serves_nothing_where_it_finds_no_compiler(monkeypatch: pytest.Mo
     assert not backends._register_triton() and not taken
     rows = {choice.op: choice for choice in backends.describe("cuda")}
     assert rows["residual_norm"].backend == "reference" and "no C compiler" in rows["residual_norm"].why
+    monkeypatch.setenv("CC", "/opt/cc")  # which Triton takes as it is
+    assert backends._register_triton() and taken

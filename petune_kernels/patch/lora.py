@@ -58,8 +58,6 @@ def _read(layer: Any, adapter: str) -> Projection | str:
     base = linear.projection(children["base_layer"])
     if base is None:
         return f"its base layer ({type(children['base_layer']).__name__}) is not a plain nn.Linear, or carries hooks"
-    if layer.fan_in_fan_out:
-        return "its base layer keeps its weight transposed (fan_in_fan_out)"
     if adapter in layer.lora_variant:
         return f"adapter {adapter!r} is a variant of LoRA ({type(layer.lora_variant[adapter]).__name__})"
     a, b = (linear.projection(children[name]._modules[adapter]) for name in ("lora_A", "lora_B"))

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import permutations
 from typing import Any
 
@@ -115,18 +115,49 @@ def _outline(module: nn.Module, parts: Parts, call: Call | None) -> nn.Module:
 
 
 def _forward(module: Any, parts: Parts, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+    passed, second = _passed(parts, args, kwargs), getattr(module, parts["second"])
+    autocast = hidden_states.is_cuda and torch.is_autocast_enabled("cuda")  # float32 norms there: see norm.widened
+    replaced = type(second) is not parts["kind"] or not pattern.undisturbed(second)
+    if any(name not in parts["given"] for name in passed) or replaced or autocast:
+        return type(module).forward(module, hidden_states, *args, **kwargs)
+    if module.training and getattr(module, "gradient_checkpointing", False) and _class_checkpoints(module):
+        return _checkpointed(module, parts, hidden_states, *args, **kwargs)
+    return _fused(module, parts, hidden_states, passed)
+
+
+def _passed(parts: Parts, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     named = dict(zip(parts["names"], args, strict=False)) | kwargs
-    passed = {name: value for name, value in named.items() if value is not None and value is not False}
+    return {name: value for name, value in named.items() if value is not None and value is not False}
+
+
+def _class_checkpoints(module: nn.Module) -> bool:
+    """transformers checkpoints in the forward of a layer's class, past which one bound on the instance goes; until 5.17
+    it did so in __call__, around any forward."""
+    return type(module).__call__ is nn.Module.__call__
+
+
+def _checkpointed(module: Any, parts: Parts, *args: Any, **kwargs: Any) -> Any:
+    """The class's forward, in which the fused one runs in the place of what it would run, now and again in backward."""
+    if torch.compiler.is_compiling():
+        return type(module).forward(module, *args, **kwargs)
+    checkpoint = module._gradient_checkpointing_func
+
+    def exchanged(own: functools.partial[Any], x: Tensor, *rest: Any) -> Any:
+        return checkpoint(lambda x, *rest: _fused(module, parts, x, _passed(parts, rest, own.keywords)), x, *rest)
+
+    module._gradient_checkpointing_func = exchanged
+    try:
+        return type(module).forward(module, *args, **kwargs)
+    finally:
+        module._gradient_checkpointing_func = checkpoint
+
+
+def _fused(module: Any, parts: Parts, hidden_states: Tensor, passed: dict[str, Any]) -> Tensor:
     first, second = getattr(module, parts["first"]), getattr(module, parts["second"])
     dropout = getattr(module, parts["dropout"]) if parts["dropout"] else None
-    settings, x = parts["norm"], hidden_states
-    autocast = x.is_cuda and torch.is_autocast_enabled("cuda")  # float32 norms there: see norm.widened
-    again = module.training and getattr(module, "gradient_checkpointing", False)  # transformers' own: the class does it
-    replaced = type(second) is not parts["kind"] or not pattern.undisturbed(second)
-    if any(name not in parts["given"] for name in passed) or replaced or autocast or again:
-        return type(module).forward(module, hidden_states, *args, **kwargs)
-    passed |= {name: None for name in parts["required"] if name not in passed}
-    out = _call(module, parts, "mixer", first(hidden_states), passed)
+    settings = parts["norm"]
+    given = dict.fromkeys(parts["required"]) | passed
+    out = _call(module, parts, "mixer", first(hidden_states), given)
     x = out[0] if isinstance(out, tuple) else out
     p = 0.0
     if dropout is not None:

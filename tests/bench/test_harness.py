@@ -22,6 +22,22 @@ def test_the_floor_is_no_peer() -> None:
     assert set(found["over_matmuls"]) == {EAGER, OURS, "peer"}
 
 
+def test_turns_are_warm_and_of_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def interleave(run: dict, rounds: int, device: torch.device) -> dict[str, list[float]]:
+        asked.append(rounds)
+        return {EAGER: [8.0] * rounds, OURS: [2.0] * rounds, "peer": [9.0] * rounds}
+
+    monkeypatch.setattr(harness.measure, "interleave", interleave)
+    calls = {EAGER: 4, OURS: 2, "peer": 3}
+    found = harness.turns(dict.fromkeys(calls, print), 3, CPU, warm=5, calls=calls)
+    assert asked == [5, 3] and found["best_peer"] == EAGER
+    assert {name: spread["median"] for name, spread in found["seconds"].items()} == {EAGER: 2, OURS: 1, "peer": 3}
+    assert {name: ratio["median"] for name, ratio in found["petune_over"].items()} == {EAGER: 2, "peer": 3}
+    assert found["speedup"][OURS]["median"] == 2
+
+
 @pytest.mark.parametrize(
     ("place", "left", "refused"),
     [(EAGER, set(), {EAGER, OURS}), (OURS, set(), {OURS}), ("peer", {EAGER, OURS}, {"peer"})],

@@ -72,6 +72,11 @@ def test_large_products_are_onednns(dtype):
     torch.testing.assert_close(x.grad.double(), want, **close)
 
 
+def test_onednn_is_not_called_where_torch_may_not():
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert not matmul.onednn_pays(torch.empty(64, 512), 512)
+
+
 def test_one_projection_is_not_split_off():
     """The backward of a split copies the gradient, also where there is nothing to put together."""
     y = frozen_linear(torch.randn(2, 3, 4, requires_grad=True), torch.randn(5, 4))

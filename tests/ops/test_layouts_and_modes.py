@@ -193,6 +193,15 @@ def test_one_row_of_parameters_is_every_replica_s(shapes: tuple[tuple[int, ...],
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
+def test_parameters_are_widened_where_no_kernel_takes_them_as_they_are() -> None:
+    x, gamma, beta = torch.randn(9, 40).bfloat16(), torch.randn(40), torch.randn(40)
+    assert torch.equal(
+        residual_norm(x, gamma.half(), beta.half()), residual_norm(x, gamma.half().float(), beta.half().float())
+    )
+    third, wide = gamma.double() / 3, x.double()
+    assert torch.equal(residual_norm(wide, third, beta), residual_norm(wide, third, beta.double()))
+
+
 def test_one_row_of_a_bias_is_every_replica_s() -> None:
     x, w = torch.randn(6, 8), torch.randn(4, 8)
     bias = [torch.randn(G, 4, requires_grad=True) for G in (1, 3)]

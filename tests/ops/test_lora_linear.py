@@ -9,7 +9,7 @@ import torch
 
 import petune_kernels as pk
 from petune_kernels import matmul, reference
-from petune_kernels.ops.lora_linear import choose_path, lora_linear
+from petune_kernels.ops.lora_linear import MERGE_ROWS, choose_path, lora_linear
 from petune_kernels.schema import SCHEMAS
 
 SHAPES = [(1, 8, 4, 1), (6, 10, 7, 3), (66, 40, 24, 8), (300, 64, 96, 32)]  # T, K, N, r
@@ -217,8 +217,11 @@ def test_merged_path(dtype, adapter):
         assert error(one, two.double()) < tolerance(dtype, 66)
 
 
-def test_the_choice_of_path():
+def test_the_choice_of_path(monkeypatch):
     x = torch.zeros(1, 8)
+    assert not choose_path("auto", x, 10**6, 1, [0.0]), "merged nowhere yet"
+    monkeypatch.setitem(MERGE_ROWS, "cpu", 2.0)
+    assert choose_path("auto", x, 16, 1, [0.0]) and not choose_path("auto", x, 15, 1, [0.0])
     assert not choose_path("auto", x, 10**6, 1, [0.1]), "dropout cannot be merged"
     assert not choose_path("auto", x, 10**6, 3, [0.0]), "replicas cannot share one merged weight"
     assert not choose_path("auto", x.bfloat16(), 10**6, 1, [0.0]), "a small update would round away"
@@ -340,6 +343,7 @@ BAD = [
     ({"w": [torch.zeros(5, 8, device="meta")]}, ValueError, r"w\[0\] is on meta"),
     ({"bias": [torch.zeros(6)]}, ValueError, r"bias\[0\] has shape \(6,\)"),
     ({"bias": [torch.zeros(5).double()]}, TypeError, r"bias\[0\] is torch.float64"),
+    ({"bias": [torch.zeros(2, 5)]}, ValueError, r"a\[0\] has shape \(2, 8\); another parameter has 2 replicas"),
     ({"bias": [torch.zeros(3, 5)]}, ValueError, "3 replicas, which does not divide the 4 rows"),
     ({"a": [torch.zeros(0, 8)], "b": [torch.zeros(5, 0)]}, ValueError, "r and G of at least 1"),
     ({"a": [torch.zeros(2, 7)]}, ValueError, r"a\[0\] has shape \(2, 7\)"),

@@ -141,6 +141,13 @@ def test_torchs_own_linear_takes_any_dtype_under_autocast() -> None:
         assert "PackedLinear" not in type(linear.run(layer.weight, layer.bias, x).grad_fn).__name__
 
 
+def test_float64_stays_float64_under_autocast() -> None:
+    x, w = torch.randn(2, 8).double(), torch.randn(8, 8).double()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert frozen_linear(x, w).dtype == nn.functional.linear(x, w).dtype == torch.float64
+        assert not Projection(w).takes(x.float())
+
+
 def test_other_devices_take_torchs_own_linear() -> None:
     with meta.standing_for("mps"):
         assert not faster(torch.empty(64, 512, device="meta"), torch.empty(512, 512, device="meta"))

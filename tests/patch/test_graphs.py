@@ -206,6 +206,9 @@ CHANGES: dict[str, Any] = {
     "same memory": _same_memory,
     "mode": lambda model: model.base_model.model.bert.encoder.layer[0].eval(),
     "rate": lambda model: [setattr(m, "p", 0.5) for m in model.modules() if isinstance(m, nn.Dropout)],
+    "forward": lambda model: setattr(
+        model.base_model.model.bert.encoder.layer[0].intermediate.intermediate_act_fn, "forward", torch.tanh
+    ),
     "module": lambda model: model.base_model.model.bert.encoder.layer.pop(1),
     "attention": lambda model: setattr(model.config, "_attn_implementation_internal", "eager"),
     "hook": lambda model: model.base_model.model.bert.encoder.layer[0].register_forward_hook(lambda m, a, out: 2 * out),

@@ -56,6 +56,15 @@ def test_hooks_on_parameters_and_on_the_stack_run_once() -> None:
     assert only(model).replayed == 2
 
 
+def test_another_backend_is_another_graph() -> None:
+    model, data = graphed(lengths=1, dropout=False), models.batch(S=8)
+    for name in ("cpu", "reference"):
+        with pk.backend(name):
+            model(**data)
+            model(**data)
+    assert only(model).captured == 2
+
+
 def test_autocast_on_and_off() -> None:
     """In turn: each is a graph of its own."""
     data, found = models.batch(S=8), []

@@ -16,6 +16,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 import petune_kernels as pk
+from petune_kernels.patch import lora as patterns
 
 from .models import batch, build
 from .test_families import quiet, rms, step, worst
@@ -241,6 +242,33 @@ def test_a_base_that_only_looks_linear_is_left_to_peft() -> None:
     torch.testing.assert_close(model(x), own)
     with pytest.raises(pk.PatchError, match="strict=True.*Quantised"):
         pk.patch(model, strict=True)
+
+
+@pytest.mark.parametrize("part", ("base_layer", "lora_A.default", "lora_B.default", "lora_dropout.default"))
+def test_hooks_inside_a_layer_keep_firing(part: str) -> None:
+    model, seen = lora(), []
+    pk.patch(model)
+    for name, module in model.named_modules():
+        if name.endswith(part):
+            module.register_forward_hook(lambda *_: seen.append(1))
+    model(**data())
+    assert len(seen) == 4  # query and value of two layers
+
+
+@pytest.mark.parametrize(
+    "change",
+    (
+        lambda layer: setattr(layer.lora_dropout["default"], "inplace", True),
+        lambda layer: setattr(layer.lora_dropout["default"], "p", 1.0),
+        lambda layer: layer.lora_A.update({"default": nn.Linear(48, 4)}),
+    ),
+    ids=("in place", "p = 1", "a bias of A"),
+)
+def test_what_peft_does_not_make_is_left_to_peft(change: Any) -> None:
+    layer = next(m for m in lora(lora_dropout=0.1).modules() if isinstance(m, LoraLayer))
+    assert patterns.projection(layer) is not None
+    change(layer)
+    assert patterns.projection(layer) is None
 
 
 def test_unpatch_leaves_no_trace() -> None:

@@ -105,8 +105,9 @@ def test_checkpointing_draws_the_same_masks(family: str, what: str, reentrant: b
     pk.patch(model)
     layers = next(m for m in model.modules() if isinstance(m, nn.ModuleList))
     calls: list[int] = []  # recomputation may stop before a forward ends, hence hooks before it
-    for module in layers[0].children():
-        module.register_forward_pre_hook(lambda *_: calls.append(1))
+    for name, module in layers[0].named_children():
+        if "norm" not in name:  # with a hook on it the layer would not be fused
+            module.register_forward_pre_hook(lambda *_: calls.append(1))
     inputs, runs, counts = data(family), [], []
     for checkpointing, seed in ((False, 2), (True, 2), (True, 3)):
         if checkpointing:
@@ -289,3 +290,62 @@ def test_models_of_one_config_object() -> None:
     assert_same(step(second, inputs), own)
     pk.unpatch(first)
     assert_same(step(second, inputs), own)
+
+
+def _saved_bytes(model: nn.Module, **inputs: Any) -> int:
+    kept = [0]
+
+    def pack(t: torch.Tensor) -> torch.Tensor:
+        kept[0] += t.numel() * t.element_size()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        model(**inputs)
+    return kept[0]
+
+
+@pytest.mark.parametrize("memory", ("exact", "checkpoint"))
+@pytest.mark.parametrize("family", ("llama", "gpt2", "vit", "bert"))
+def test_transformers_own_checkpointing_keeps_no_more_than_stock(family: str, memory: str) -> None:
+    model = build(family).train()
+    inputs = batch(family)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    stock = _saved_bytes(model, **inputs)
+    pk.patch(model, memory=memory)
+    assert _saved_bytes(model, **inputs) <= 1.1 * stock
+
+
+def test_a_block_gets_its_input_by_the_name_that_the_layer_gives_it() -> None:
+    model = build("llama").eval()
+    inputs = batch("llama")
+
+    def given() -> list[tuple[int, bool]]:
+        seen: list[tuple[int, bool]] = []
+        hook = model.model.layers[0].self_attn.register_forward_pre_hook(
+            lambda m, args, kwargs: seen.append((len(args), "hidden_states" in kwargs)), with_kwargs=True
+        )
+        model(**inputs)
+        hook.remove()
+        return seen
+
+    stock = given()
+    pk.patch(model)
+    assert given() == stock
+
+
+@pytest.mark.parametrize("family", ("llama", "bert"))
+def test_patched_behind_a_forward_around_the_whole_model(family: str) -> None:
+    model = build(family).eval()
+    inputs = batch(family)
+    own, before = model.forward, model(**inputs).logits
+    model.forward = lambda **kwargs: own(**kwargs)  # accelerate's autocast is one
+    assert any(e.pattern == "attention" for e in pk.patch(model).entries)
+    torch.testing.assert_close(model(**inputs).logits, before, rtol=1e-4, atol=1e-4)
+
+
+def test_forwards_replaced_inside_are_a_reason_and_no_crash() -> None:
+    model = build("llama").eval()
+    for layer in model.model.layers:
+        layer.forward = layer.forward  # as accelerate's hooks on every module do
+    report = pk.patch(model)
+    assert any("replaced on instances" in reason for reason in report.refused.values())

@@ -80,6 +80,7 @@ def test_budget_fraction_and_seed(small_bert) -> None:
     pool = sum(p.numel() for n, p in model.named_parameters() if n.startswith(BLOCKS))
     assert tune(model, "random", budget=77).count == 77
     assert tune(model, "random", fraction=0.25).count == round(0.25 * pool)
+    assert tune(model, "random", fraction=1e-9).count == 1
     assert tune(model, "random", fraction=1).count == pool == sum(int(m.sum()) for m in masks(model).values())
     report = tune(model, "random", layers=[1])
     assert report.count == 64 and report.per_layer == (0, 64)
@@ -178,6 +179,13 @@ def test_few_samples_need_no_gradient_of_the_weight_and_not_all_of_its_input(
     # besides y, which square() keeps
     assert (x.numel() not in kept and 50 * n in kept) == few and (dense.weight.shape not in made.seen) == few
     assert dense.weight_sampled.grad.shape == (n,)
+
+
+def test_gradients_of_16_bit_samples_are_summed_in_float32() -> None:
+    x, dy = (torch.tensor(rows).bfloat16()[:, None] for rows in ([1 + 2**-7, 1 + 2**-6], [1 + 2**-7, -1.0]))
+    values = torch.zeros(1, dtype=torch.bfloat16, requires_grad=True)
+    y = sampled._Gather.apply(torch.zeros_like(x), x, torch.tensor([0]), values)
+    assert torch.autograd.grad(y, values, dy)[0].item() == 2**-14  # the products differ by it
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,16 +10,14 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification
 
 import petune_kernels as pk
 from petune_kernels import cuda_graph, replicas
 from petune_kernels.ops import _seeds, attention
 from petune_kernels.patch import graphs
 
-from ..patch.models import build
 from ..recorder import Recorder
-from .runs import QV, data, init, make, unlabelled
+from .runs import data, init, make, unlabelled
 
 
 def condition(model: nn.Module) -> list[Any]:
@@ -152,34 +149,6 @@ def test_frozen_parameters_stay_the_same_objects() -> None:
             assert p.data_ptr() == now[name][g].data_ptr()
 
 
-@pytest.mark.parametrize("family", QV)
-@pytest.mark.parametrize("regime", ("layernorm", "lora", "prefix"))
-def test_draw_gives_each_seed_its_own_head_and_adapters(family: str, regime: str) -> None:
-    model = make(family, regime)
-    pretrained = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
-    runs = pk.replicate(model, [(4, 0), (5, 0), (4, 1)])
-    for name, p in runs.named_parameters(0).items():
-        q, again = runs.named_parameters(1)[name], runs.named_parameters(2)[name]
-        assert torch.equal(p, again), name
-        drawn = "Norm" not in name and "norm" not in name and "bias" not in name and "lora_B" not in name
-        assert torch.equal(p, q) != drawn, name
-        if "orm" in name:
-            assert torch.equal(p, pretrained[name])
-    alone = pk.replicate(make(family, regime), [(5, 9)])
-    for name, p in alone.named_parameters(0).items():
-        assert torch.equal(p, runs.named_parameters(1)[name])
-    kept = pk.replicate(make(family, regime), [1, 2], init="keep")
-    assert all(torch.equal(p, pretrained[n]) for g in (0, 1) for n, p in kept.named_parameters(g).items())
-
-
-def test_draw_refuses_what_it_cannot_draw() -> None:
-    model = make("bert", "frozen")
-    model = get_peft_model(model, LoraConfig(r=2, init_lora_weights="pissa", target_modules=QV["bert"]))
-    with pytest.raises(pk.ReplicaError, match="init_lora_weights='pissa'"):
-        pk.replicate(model, [0])
-    assert pk.replicate(model, [0, 1], init="keep").active == (0, 1)
-
-
 def test_load_sets_values_and_names_what_does_not_fit() -> None:
     runs = pk.replicate(make("bert", "layernorm"), [0, 1], init=init)
     value = torch.arange(3.0)
@@ -248,6 +217,12 @@ def test_a_call_that_would_mix_replicas_is_refused() -> None:
     runs.stop(1)
     with pytest.raises(pk.ReplicaError, match="no replica is left"):
         model(**unlabelled(inputs))
+
+
+def test_a_stopped_replica_holds_its_own_memory_alone() -> None:
+    runs = pk.replicate(make("bert", "layernorm"), [0, 1, 2], init=init)
+    runs.stop(1)
+    assert all(p.untyped_storage().nbytes() == p.nbytes for p in runs.parameters(1))
 
 
 @pytest.mark.parametrize("move", (nn.Module.half, lambda model: model.half().float()), ids=("cast", "there and back"))
@@ -362,28 +337,6 @@ def test_a_model_with_graphs_has_them_again(monkeypatch: pytest.MonkeyPatch) -> 
 
 def fails(model: nn.Module, wi: int) -> None:
     raise ValueError("no such luck")
-
-
-@pytest.mark.parametrize("family", ("distilbert", "electra", "modernbert"))
-def test_draw_leaves_frozen_values_alone(family: str) -> None:
-    """A decoder's weight is the embedding's: frozen, and shared by all replicas."""
-    model = build(family, head="masked_lm")
-    pk.tune(model, "layernorm")
-    before = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
-    marks = [dict(p.__dict__) for p in model.parameters()]
-    pk.replicate(model, [0, 1]).release()
-    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters() if n in before)
-    assert [dict(p.__dict__) for p in model.parameters()] == marks
-
-
-def test_draw_redraws_a_head_that_was_loaded(tmp_path: Path) -> None:
-    make("bert", "frozen").save_pretrained(tmp_path)
-    model = AutoModelForSequenceClassification.from_pretrained(tmp_path)
-    pk.tune(model, "frozen")
-    own = model.classifier.weight.detach().clone()
-    runs = pk.replicate(model, [0, 1])
-    first, second = (runs.named_parameters(g)["classifier.weight"] for g in (0, 1))
-    assert not torch.equal(first, own) and not torch.equal(first, second)
 
 
 def test_gradients_go_to_the_replicas_of_their_forward() -> None:

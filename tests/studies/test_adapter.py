@@ -52,6 +52,7 @@ def test_the_formula() -> None:
     model = tiny()
     adapter.insert(model, reduction=4, std=0.5)
     (one, _), x = adapter.adapters(model).values(), torch.randn(3, 64)
+    assert not one.down.bias.any() and not one.up.bias.any() and not one.up.training
     y = x @ one.dense.weight.T + one.dense.bias
     h = (y @ one.down.weight.T + one.down.bias).clamp(min=0)
     torch.testing.assert_close(one(x), y + h @ one.up.weight.T + one.up.bias)
@@ -130,7 +131,7 @@ def test_files_carry_the_adapters_and_only_them(tmp_path: Path) -> None:
     assert sorted(f.name for f in tmp_path.iterdir()) == ["bottlenecks.json", "bottlenecks.safetensors"]
     assert (tmp_path / "bottlenecks.safetensors").stat().st_size < 25_000  # of the model's 100 kB
     adapter.load(other, tmp_path)
-    assert other(**IDS).logits.equal(model(**IDS).logits)
+    assert other(**IDS).logits.equal(model(**IDS).logits) and not any(m.training for m in other.modules())
     with pytest.raises(ValueError, match="adapters already"):
         adapter.load(other, tmp_path)
     wide = BertForSequenceClassification(

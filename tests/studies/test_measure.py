@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -119,6 +120,27 @@ def test_peak_memory_of_a_fresh_process_is_what_the_call_fills(run: object) -> N
     peak = measure.fresh_process(run, 64)
     assert 60 * MIB <= peak.rise < 80 * MIB
     assert "reset" in peak.method and len(ballast)
+
+
+@pytest.mark.parametrize(("most", "now", "free"), [("max", 0, 65536), ("40960", 30720, 20480), ("40960", 60000, 0)])
+def test_free_memory_is_what_machine_and_control_group_leave(
+    most: str, now: int, free: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc" / "meminfo").write_text("MemTotal: 128 kB\nMemFree: 1 kB\nMemAvailable: 64 kB\n")
+    group = tmp_path / "sys" / "fs" / "cgroup"
+    group.mkdir(parents=True)
+    for name, text in (("max", most), ("current", str(now)), ("stat", "anon 1\ninactive_file 10240")):
+        (group / f"memory.{name}").write_text(text + "\n")
+    monkeypatch.setattr(measure, "Path", lambda path: tmp_path / path[1:])
+    assert measure.free_memory() == free
+
+
+def test_a_gpu_is_waited_for_before_and_after_what_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    monkeypatch.setattr(measure, "_synchronize", lambda device: seen.append("wait"))
+    measure.interleave({"a": lambda: seen.append("run")}, 2, "cuda")
+    assert seen == ["wait", "run", "wait"] * 2
 
 
 def test_without_the_reset_the_method_says_lower_bound(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -113,6 +113,22 @@ def test_the_same_wi_gives_the_same_initial_values_whatever_was_built_before(tin
     assert all(head.equal(heads[0]) for head in heads)
     other = first("lora", setting(tiny_model, wi=4))
     assert not any(p.equal(built["lora"][0][n]) for n, p in trained(other).items() if "lora_A" in n)
+    drawn = {n: p for n, p in trained(first("random", setting(tiny_model, wi=4))).items() if n.endswith("_sampled")}
+    before = {n: p for n, p in built["random"][0].items() if n.endswith("_sampled")}
+    assert drawn.keys() != before.keys() or not all(p.equal(before[n]) for n, p in drawn.items())
+
+
+@pytest.mark.parametrize("pooler", [True, False])
+def test_topk_trains_the_pooler_where_it_should(tiny_model: Path, pooler: bool) -> None:
+    model = first("topk", setting(tiny_model), k=1, pooler=pooler)
+    assert any("pooler" in name for name in trained(model)) == pooler
+
+
+def test_mixout_mixes_the_matrices_of_the_blocks_alone(tiny_model: Path) -> None:
+    model, around = method("mixout").stages()[0].prepare(setting(tiny_model))
+    assert isinstance(around, Mixout)
+    matrices = [p for name, p in model.named_parameters() if "encoder" in name and p.dim() == 2]
+    assert {*map(id, around._parameters)} == {*map(id, matrices)}
 
 
 @pytest.mark.parametrize("pet", ["lora", "prefix", "bitfit"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -138,7 +139,10 @@ def test_a_process_that_dies_is_an_error(tmp_path: Path) -> None:
         go(tmp_path, dies, jobs=2)
 
 
-@pytest.mark.parametrize("content", [b"", b"my,own,file\n", b'{"petune_study": 1}\n', b"\xff\xfe", b"[1]\n"])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"my,own,file\n", b'{"petune_study": 1}\n', b"\xff\xfe", b"[1]\n", b'{"petune_study": 2, "hash": "h"}\n'],
+)
 def test_a_foreign_file_is_refused_and_not_touched(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "runs.jsonl").write_bytes(content)
     with pytest.raises(InputError, match="not a result file of a study"):
@@ -217,6 +221,10 @@ def test_damage_in_the_middle_and_runs_told_twice_are_refused(tmp_path: Path) ->
         with pytest.raises(InputError, match=message):
             go(tmp_path)
         assert path.read_bytes() == before
+    path.write_text("\n".join(good))
+    shutil.copy(path, tmp_path / "runs.1.jsonl")
+    with pytest.raises(InputError, match="runs.jsonl: the run .* stands in another file"):
+        store.collect(tmp_path, study())
 
 
 def test_two_processes_cannot_write_one_file(tmp_path: Path) -> None:

@@ -129,6 +129,33 @@ def test_the_best_checkpoint_is_selected_restored_and_tested(tiny_model: Path) -
     assert by_metric.validation["accuracy"] == max(entry["accuracy"] for entry in by_metric.history)
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "rates"),
+    [
+        ("eh-ft", {"pet": "bitfit", "stage_lr": 2e-3, "head_lr": 3e-3}, [[3e-3, 2e-3], [1e-2]]),
+        ("eh-ft", {"pet": "bitfit"}, [[5e-4], [1e-2]]),
+        ("lp-ft", {"stage_lr": 2e-3}, [[2e-3], [1e-2]]),
+    ],
+)
+def test_updates_are_those_of_recipe_and_stage(
+    tiny_model: Path, name: str, options: dict[str, Any], rates: list[list[float]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+
+    class Watched(train.Updates):
+        def __init__(self, groups: Any, *more: Any, **adamw: Any) -> None:
+            seen.append(([rate for _, rate in groups], *more, adamw))
+            super().__init__(groups, *more, **adamw)
+
+    monkeypatch.setattr(train, "Updates", Watched)
+    adamw = {"betas": (0.8, 0.9), "eps": 1e-6, "weight_decay": 0.02}
+    outcome = run(
+        tiny_model, name, dataclasses.replace(QUICK, steps=2, warmup=0.25, clip=0.5, **adamw), options=options
+    )
+    steps = [stage["steps"] for stage in outcome.stages]
+    assert seen == [(lr, n, 0.25, 0.5, adamw) for lr, n in zip(rates, steps, strict=True)]
+
+
 def test_patience_counts_evaluations_without_a_better_one(tiny_model: Path) -> None:
     recipe = dataclasses.replace(QUICK, lr=0.3, steps=60, evaluate_every=1, patience=3)
     outcome = run(tiny_model, "full", recipe)
@@ -226,8 +253,11 @@ def test_regression_and_pairs(tiny_model: Path) -> None:
 
 def test_progress_is_told_of_every_step(tiny_model: Path) -> None:
     calls: list[tuple[int, int, float]] = []
-    run(tiny_model, "lp-ft", progress=lambda *call: calls.append(call))
+    outcome = run(tiny_model, "lp-ft", progress=lambda *call: calls.append(call))
     assert [call[:2] for call in calls] == [(i, 12) for i in range(1, 13)]
+    ends = [entry["step"] for entry in outcome.history]
+    means = [np.mean([call[2] for call in calls[start:end]]) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+    assert [entry["train_loss"] for entry in outcome.history] == pytest.approx(means)  # since the evaluation before
 
 
 @pytest.mark.parametrize(

@@ -85,6 +85,8 @@ def test_a_small_sample_is_a_part_of_a_larger_one_and_keeps_the_order() -> None:
     assert set(small.train.texts) < set(large.train.texts)
     numbers = [int(text.split()[1]) for text in large.train.texts]
     assert numbers == sorted(numbers) and small.tests == large.tests and small.validation == large.validation
+    other = cut(source(), spec(train_rows=20, validation_rows=5, test_rows=7, split_seed=1))
+    assert other.train != small.train and other.validation != small.validation and other.tests != small.tests
 
 
 def test_out_of_domain_tests_stand_beside_the_own_one_and_leak_nothing() -> None:
@@ -107,10 +109,23 @@ def test_a_local_copy_of_a_task_is_tested_on_another_task_too(monkeypatch: pytes
     assert read == ["/mine"] and len(task.tests["amazon"]) == 10
 
 
+def test_another_task_is_cut_as_this_one_and_has_its_classes(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = {"movie": ("n", "p"), "amazon": ("n", "p"), "tweets": ("p", "n")}
+    monkeypatch.setattr(sources, "indexed", lambda name, say: Source(examples(name, 50), {}, names[name]))
+    first, second = (load(spec(held_out=0.5, split_seed=s, out_of_domain=("amazon",))).tests["amazon"] for s in (0, 1))
+    assert len(first) == 25 and first != second
+    with pytest.raises(InputError, match="out_of_domain 'tweets' has the classes"):
+        load(spec(out_of_domain=("tweets",)))
+
+
 def test_one_table_is_cut_by_a_seed(tiny_csv: Path) -> None:
     first, second = (load(TaskSpec("t", file=str(tiny_csv), split_seed=s)) for s in (0, 1))
     assert len(first.tests["test"]) == 60 and first.tests != second.tests
     assert load(TaskSpec("t", file=str(tiny_csv))).train == first.train
+
+
+def test_a_file_is_no_known_task_whatever_its_name(tiny_csv: Path) -> None:
+    assert load(TaskSpec("cola", file=str(tiny_csv))).primary == "accuracy"
 
 
 @pytest.mark.parametrize(

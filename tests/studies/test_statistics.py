@@ -88,6 +88,7 @@ def test_corrections() -> None:
     bonferroni = correct(raw, "bonferroni")
     assert [c.p_up for c in bonferroni] == pytest.approx([0.008, 0.032, 0.096, 1])
     assert [c.arrow for c in bonferroni] == ["up", "up", "none", "none"]
+    assert [c.arrow for c in correct(raw, "bonferroni", alpha=0.01)] == ["up", "none", "none", "none"]
     assert [c.p_up for c in correct(raw, "holm")] == pytest.approx([0.008, 0.028, 0.072, 1])  # times 8, 7, 6, 5
     expected = stats.false_discovery_control(flat)
     assert [p for c in correct(raw, "bh") for p in (c.p_up, c.p_down)] == pytest.approx(list(expected))
@@ -98,6 +99,8 @@ def test_bad_input_is_named() -> None:
     good = Summary(20, 1, 1, 1, 1)
     with pytest.raises(InputError, match="at least 2 runs on each side, got 1 and 20"):
         compare(Summary(1, 1, math.nan, 1, 1), good)
+    with pytest.raises(InputError, match="got 20 and 1"):
+        compare(good, Summary(1, 1, math.nan, 1, 1))
     with pytest.raises(InputError, match="'anova'; accepted: student, welch"):
         compare(good, good, "anova")
     with pytest.raises(InputError, match="alpha is 5"):

@@ -219,6 +219,17 @@ def test_the_csv_has_the_arrows_of_the_tables_under_a_correction() -> None:
     assert float(lora["p_down"]) == pytest.approx(12 * alone.p_down)  # two tails, three methods, two tasks: one table
 
 
+def test_single_layers_are_a_family_of_their_own_under_a_correction() -> None:
+    methods = [{"name": "full", "label": "FT"}, {"name": "lora"}, {"name": "layernorm", "each_layer": True}]
+    counts = {}
+    for correction in ("none", "bonferroni"):
+        which = study(methods=methods, correction=correction, seeds={"runs": 4}, alpha=0.01)
+        rows = csv.DictReader(io.StringIO(layouts.to_csv(which, records(which))))
+        counts[correction] = {row["method"]: float(row["p_down"]) for row in rows if row["arrow"]}
+    family = {name: p / counts["none"][name] for name, p in counts["bonferroni"].items()}
+    assert family == pytest.approx({"lora": 4, "layernorm #1": 12, "layernorm #2": 12, "layernorm #3": 12})
+
+
 def test_a_list_of_layers_is_one_method_and_single_layers_keep_their_scale(tmp_path: Path) -> None:
     upper = {"name": "layernorm", "label": "upper", "options": {"layers": [1, 2]}}
     each = {"name": "layernorm", "scale": "small", "each_layer": True}

@@ -6,10 +6,13 @@ import copy
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
+from transformers import GPT2Config
 
 import petune_kernels as pk
 from petune_kernels.studies import measure, train
@@ -73,6 +76,33 @@ def test_a_run_is_adamw_with_warm_up_and_decay(tiny_model: Path) -> None:
     assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in weights)
 
 
+def test_the_norm_of_all_gradients_together_is_clipped() -> None:
+    a, b = (nn.Parameter(torch.zeros(1)) for _ in range(2))
+    updates = train.Updates([([a], 1.0), ([b], 1.0)], 10, clip=1.0)
+    a.grad, b.grad = torch.tensor([3.0]), torch.tensor([4.0])
+    updates.apply()
+    first = [updates.optimizer.state[p]["exp_avg"].item() for p in (a, b)]  # a tenth of the gradient
+    assert first == pytest.approx([0.06, 0.08])
+
+
+def test_no_step_has_the_dropout_of_another_seeds_step(tiny_model: Path) -> None:
+    seen = []
+    for seed in (0, 1, 2):
+        run = train.Run(pair(tiny_model)["stock"], batches(), 4, 1e-3, seed)
+        for _ in range(3):
+            run.step()
+            seen.append(torch.initial_seed())
+    assert len(set(seen)) == 9
+
+
+def test_a_loss_is_computed_in_float32_or_better() -> None:
+    labels = torch.tensor([0, 2, 1, 1])
+    for dtype, wide in ((torch.bfloat16, torch.float32), (torch.float64, torch.float64)):
+        logits = torch.randn(4, 3).to(dtype)
+        loss, _ = train.loss_of(lambda logits=logits: SimpleNamespace(logits=logits), {"labels": labels})  # type: ignore
+        assert torch.equal(loss, F.cross_entropy(logits.to(wide), labels))
+
+
 def test_a_run_trains_what_the_regime_says_and_nothing_else(tiny_model: Path) -> None:
     model = pair(tiny_model)["stock"]
     before = copy.deepcopy(model.state_dict())
@@ -102,6 +132,9 @@ def test_the_head_depends_on_the_seed_and_dropout_can_be_left_out(tiny_model: Pa
     assert rates == {0.0}
     with_dropout = train.load_model(tiny_model, 2, 0, torch.float32, CPU)
     assert {m.p for m in with_dropout.modules() if isinstance(m, nn.Dropout)} == {0.1}
+    config = GPT2Config()
+    train.without_dropout(config)
+    assert config.embd_pdrop == config.attn_pdrop == config.resid_pdrop == config.summary_first_dropout == 0
 
 
 def test_a_head_in_the_folder_does_not_take_the_seeds_place(tiny_model: Path) -> None:
