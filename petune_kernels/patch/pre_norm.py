@@ -156,7 +156,7 @@ def _fused(module: Any, parts: Parts, hidden_states: Tensor, passed: dict[str, A
     first, second = getattr(module, parts["first"]), getattr(module, parts["second"])
     dropout = getattr(module, parts["dropout"]) if parts["dropout"] else None
     settings = parts["norm"]
-    given = dict.fromkeys(parts["required"]) | passed
+    given: dict[str, Any] = {**dict.fromkeys(parts["required"]), **passed}
     out = _call(module, parts, "mixer", first(hidden_states), given)
     x = out[0] if isinstance(out, tuple) else out
     p = 0.0
