@@ -189,7 +189,7 @@ def attention_interface(
     Register `attention_mask_interface` under the same name, too.
 
     A position_bias (T5's) is added to the mask. While it or the mask itself (Doge's) trains torch's own attention runs,
-    which gives its gradient.
+    which gives its gradient, and with a dropout of 1.
 
     With output_attentions, which needs the [S, K] tensor, the eager function of the model's own file runs. What a query
     that sees no key gets stays the same.
@@ -215,12 +215,12 @@ def attention_interface(
             attention_mask = bias + attention_mask[..., : key.shape[2]]
         else:
             attention_mask = bias[..., : key.shape[2]]
-    if attention_mask is not None:
-        if saving.decided(attention_mask.requires_grad and torch.is_grad_enabled()):
-            scale = query.shape[3] ** -0.5 if scaling is None else scaling
-            attention_mask = op.additive_mask(attention_mask, query.dtype)
-            return op.native(query, key, value, attention_mask, dropout, scale, causal).transpose(1, 2), None
-        attention_mask = attention_mask.detach()
+    mask = attention_mask
+    if dropout >= 1.0 or mask is not None and saving.decided(mask.requires_grad and torch.is_grad_enabled()):
+        scale = query.shape[3] ** -0.5 if scaling is None else scaling
+        mask = None if mask is None else op.additive_mask(mask, query.dtype)
+        return op.native(query, key, value, mask, dropout, scale, causal).transpose(1, 2), None
+    attention_mask = None if mask is None else mask.detach()
     return op.attention(query, key, value, attention_mask, dropout, scaling, causal).transpose(1, 2), None
 
 

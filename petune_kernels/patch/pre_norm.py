@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import permutations
 from typing import Any
 
@@ -125,7 +125,7 @@ def _forward(module: Any, parts: Parts, hidden_states: Tensor, *args: Any, **kwa
     return _fused(module, parts, hidden_states, passed)
 
 
-def _passed(parts: Parts, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+def _passed(parts: Parts, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
     named = dict(zip(parts["names"], args, strict=False)) | kwargs
     return {name: value for name, value in named.items() if value is not None and value is not False}
 
@@ -156,7 +156,7 @@ def _fused(module: Any, parts: Parts, hidden_states: Tensor, passed: dict[str, A
     first, second = getattr(module, parts["first"]), getattr(module, parts["second"])
     dropout = getattr(module, parts["dropout"]) if parts["dropout"] else None
     settings = parts["norm"]
-    given: dict[str, Any] = {**dict.fromkeys(parts["required"]), **passed}
+    given: dict[str, Any] = dict.fromkeys(parts["required"]) | passed
     out = _call(module, parts, "mixer", first(hidden_states), given)
     x = out[0] if isinstance(out, tuple) else out
     p = 0.0
