@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bench import gate
 
-UNIT = 8 * torch.finfo(torch.bfloat16).eps
+UNIT = torch.finfo(torch.bfloat16).eps
 
 
 def verdict(found: Tensor, exact: Tensor, eager: Tensor | None = None) -> str:
@@ -34,11 +34,11 @@ def test_rounding_passes(shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize(
     ("shape", "block"),
     [
-        ((16384, 64), (slice(-64, None),)),  # a tail that nobody wrote
-        ((16384, 64), (slice(640, 704),)),
+        ((65536, 8), (slice(-8, None),)),  # a tail that nobody wrote
+        ((65536, 8), (slice(640, 648),)),
         ((8192, 512), (slice(64, 128), slice(-8, None))),
         ((4100,), (slice(-4, None),)),
-        ((2048, 1024), (slice(None), slice(-1, None))),
+        ((64, 8192), (slice(None), slice(-1, None))),
     ],
     ids=["tail", "block", "tile", "vector", "column"],
 )
@@ -48,6 +48,12 @@ def test_a_block_of_zeros_does_not(shape: tuple[int, ...], block: tuple[slice, .
     found[block] = 0.0
     assert whole(found, exact) <= UNIT + 3 * whole(exact.bfloat16().double(), exact)  # as a whole it would pass
     assert verdict(found, exact).startswith("wrong: a tile of y is ")
+
+
+def test_an_error_of_four_units_is_wrong_and_one_of_half_a_unit_is_not() -> None:
+    exact = torch.randn(200, 64, dtype=torch.float64)
+    assert verdict(exact * (1 + UNIT / 2), exact, eager=exact) == ""
+    assert "wrong: " in verdict(exact * (1 + 4 * UNIT), exact, eager=exact)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
