@@ -226,7 +226,7 @@ class Deviation:
 
     @property
     def within(self) -> bool:
-        return self.patched <= self.bound  # false for NaN
+        return self.patched <= self.bound < math.inf  # false for NaN
 
 
 def deviations(stock: nn.Module, patched: nn.Module, batch: Batch) -> list[Deviation]:
@@ -234,7 +234,8 @@ def deviations(stock: nn.Module, patched: nn.Module, batch: Batch) -> list[Devia
 
     The bound on `patched` is 3 times the error of `stock` (two roundings of the same sum differ by chance) plus 8
     units of the dtype. A tensor much smaller than the others (the key bias of attention has no gradient but rounding)
-    is taken relative to a thousandth of their common size.
+    is taken relative to a thousandth of their common size. The loss is one number, which `stock` may have right by
+    chance: its error counts as at least that of the logits.
     """
     exact = _results(copy.deepcopy(stock).double(), batch)
     ours, theirs = _results(patched, batch), _results(stock, batch)
@@ -242,12 +243,14 @@ def deviations(stock: nn.Module, patched: nn.Module, batch: Batch) -> list[Devia
         different = sorted(ours.keys() ^ exact.keys())
         raise InputError(f"stock and patched model do not give the same gradients: {', '.join(different[:5])}")
     dtype = next(stock.parameters()).dtype
+    by_chance = {"loss": _rms(theirs["logits"] - exact["logits"]) / (_rms(exact["logits"]) or 1.0)}
     common = 1e-3 * _rms(torch.cat([g.flatten() for name, g in exact.items() if name.startswith("gradient")]))
     rows = []
     for name, value in exact.items():
         size = max(_rms(value), common) or 1.0
         own, other = _rms(theirs[name] - value) / size, _rms(ours[name] - value) / size
-        rows.append(Deviation(name, own, other, 3 * own + 8 * torch.finfo(dtype).eps))
+        bound = 3 * max(own, by_chance.get(name, 0.0)) + 8 * torch.finfo(dtype).eps
+        rows.append(Deviation(name, own, other, bound))
     return rows
 
 

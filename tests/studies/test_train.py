@@ -194,6 +194,22 @@ def test_the_gate_sees_a_nan_and_a_missing_gradient(tiny_model: Path) -> None:
         train.deviations(models["stock"], models["patched"], next(batches()))
 
 
+def test_a_loss_that_stock_has_right_by_chance_bounds_nobody(tiny_model: Path, monkeypatch) -> None:
+    def numbers(loss: float, logits: list[float]) -> dict[str, torch.Tensor]:
+        return {"loss": torch.tensor(loss), "logits": torch.tensor(logits), "gradient of w": torch.ones(2)}
+
+    def within(*found: dict[str, torch.Tensor]) -> list[bool]:
+        made = iter(found)  # float64, ours, stock
+        monkeypatch.setattr(train, "_results", lambda model, batch: next(made))
+        return [row.within for row in train.deviations(models["stock"], models["patched"], {})]
+
+    models, exact = pair(tiny_model), numbers(1.0, [1.0, 1.0])
+    stock = numbers(1.0, [1.001, 0.999])
+    assert within(exact, numbers(1.002, [1.001, 0.999]), stock) == [True] * 3
+    assert within(exact, numbers(1.004, [1.001, 0.999]), stock) == [False, True, True]
+    assert within(exact, exact, numbers(float("inf"), [1.0, 1.0])) == [False, True, True]
+
+
 def test_a_folder_without_model_or_tokenizer_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=f"--model {tmp_path}"):
         train.load_model(tmp_path, 2, 0, torch.float32, CPU)
