@@ -161,6 +161,13 @@ def test_a_wrong_model_gets_no_time_and_ends_in_an_error(tmp_path: Path, monkeyp
     assert "wrong" in json.loads(path.read_text())["rows"][0]["refused"]["petune"]
 
 
+def test_the_gate_sees_attention_that_is_uniform() -> None:
+    case = models.Case("minilm", "layernorm", "bfloat16", 2, 32)
+    stock, other = (models.build(case, harness.EAGER, CPU, 1) for _ in range(2))
+    other.bert.encoder.layer[0].attention.self.scaling = 0.0
+    assert "wrong: " in models.gate(stock, other, models.random_batch(case, CPU))[1]
+
+
 def test_a_provider_that_raises_costs_no_other_its_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     build, warmed = models.build, []
 
