@@ -1,14 +1,15 @@
-"""What counts as right: outputs and gradients against float64, as a whole and by tiles, bound by eager's own error."""
+"""What counts as right: outputs and gradients against float64, as a whole and by tiles, bound by eager's own error; and
+in training mode, at the size that is timed, outputs that dropout moves as far as eager's."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 TILE = 64  # rows and columns: a kernel that leaves a tail unwritten or one block wrong is off in one tile
 
@@ -60,6 +61,36 @@ def compare(
     name, error, bound = max(wrong or rows, key=lambda row: row[1] / row[2])
     reason = f"wrong: {name} is {error:.1e} off float64, allowed {bound:.1e}" if wrong else ""
     return {**fact, "compared": len(exact), "worst": name, "error": shown(error), "bound": shown(bound)}, reason
+
+
+class InTraining:
+    """Compares others with `stock`, which `call` calls, in training mode and at the size that is timed.
+
+    Masks differ, so it is the distance, RMS over seeds, to what `stock` gives without dropout. It is off by more than
+    half where dropout is off or has another rate, and where numbers are wrong at this size. Rounding is `compare`'s.
+    """
+
+    def __init__(self, stock: nn.Module, call: Callable[[], Tensor]):
+        stock.eval()
+        with torch.no_grad():
+            self._still = call().float()
+        stock.train()
+        self._moved, self._rounding = self._distance(call), _rms(self._still) / 16
+
+    def verdict(self, call: Callable[[], Tensor]) -> tuple[dict[str, Any], str]:
+        """How far dropout moves the output of `call`, and '' or why that is wrong."""
+        moved, stock, slack = self._distance(call), self._moved, self._rounding
+        wrong = not stock / 1.5 - slack <= moved <= 1.5 * stock + slack
+        reason = f"wrong: in training it is {moved:.1e} off stock without dropout, stock {stock:.1e}" if wrong else ""
+        return {"moved": shown(moved), "stock": shown(stock)}, reason
+
+    def _distance(self, call: Callable[[], Tensor]) -> float:
+        squares = []
+        for seed in range(max(4, 64 // len(self._still))):  # fewer rows need more masks
+            torch.manual_seed(seed)
+            torch.compiler.cudagraph_mark_step_begin()  # or torch.compile's graphs would wait for a backward
+            squares.append((call().detach().float() - self._still).square().mean())
+        return torch.stack(squares).mean().sqrt().item()
 
 
 def _errors(value: Tensor, exact: Tensor, small: float) -> tuple[float, float]:

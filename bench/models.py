@@ -25,7 +25,7 @@ from petune_kernels.studies.result import Files
 from petune_kernels.studies.shapes import SHAPES
 
 from . import harness, trainer_loop
-from .gate import shown
+from .gate import InTraining, shown
 from .harness import COMPILED, EAGER, OURS
 
 LORA = {"lora-qv": None, "lora-all": "all-linear"}  # None: PEFT's own choice for the model, query and value in BERT
@@ -153,11 +153,6 @@ def time_steps(
 ) -> None:
     """Gate and whole steps of these providers (and torch.compile's modes), in turn."""
     device, refused = torch.device(settings.device), row["refused"]
-    small = {name: tensor[:4, :64] if tensor.dim() > 1 else tensor[:4] for name, tensor in batch.items()}
-
-    def judged(name: str, model: nn.Module) -> str:
-        row["gate"][name], wrong = gate(stock, model, small)
-        return wrong
 
     def ready(name: str, model: nn.Module) -> Callable[[], object]:
         run = runs[name] = train.Run(
@@ -179,8 +174,7 @@ def time_steps(
     models = harness.attempt(
         wanted, refused, lambda name, mode: build(case, name, device, settings.layers, mode)
     )  # fmt: skip
-    stock = harness.needed(models)
-    harness.judge(models, refused, judged)
+    judge(models, batch, row)
     steps = harness.attempt(models, refused, ready)
     harness.needed(steps)
     row |= harness.turns(steps, settings.rounds, device, warm=0)
@@ -219,9 +213,9 @@ def build(
 
 
 def graphs_of(model: nn.Module | None) -> dict[str, Any]:
-    """What became of a model's CUDA graphs. The gate sees a model in evaluation, which replays none: the losses of the
-    timed steps are in the row for that, the same for every patched provider but for the masks of the whole step, whose
-    attention takes another kernel."""
+    """What became of a model's CUDA graphs. The gate sees gradients in evaluation only, which replays none: the losses
+    of the timed steps are in the row for that, the same for every patched provider but for the masks of the whole step,
+    whose attention takes another kernel."""
     return {} if model is None else graphs.of(model)
 
 
@@ -240,6 +234,27 @@ def random_batch(case: Case, device: torch.device) -> dict[str, torch.Tensor]:
     labels = torch.randint(0, 2, (case.batch,), generator=generator)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
     return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def judge(models: dict[str, nn.Module], batch: train.Batch, row: harness.Row) -> None:
+    """Takes every model that is wrong out of `models`, by `gate` on a part of the batch or in training on all of it."""
+
+    def logits(model: nn.Module) -> Callable[[], torch.Tensor]:
+        return lambda: train.loss_of(model, batch)[1]
+
+    def verdict(name: str, model: nn.Module) -> str:
+        fact, wrong = gate(stock, model, small)
+        training, wrong_there = in_training.verdict(logits(model))
+        row["gate"][name] = fact | {"training": training}
+        return wrong or wrong_there
+
+    stock, small = harness.needed(models), part(batch, 4, 64)
+    in_training = InTraining(stock, logits(stock))
+    harness.judge(models, row["refused"], verdict)
+
+
+def part(batch: train.Batch, rows: int, length: int) -> train.Batch:
+    return {name: t[:rows, :length] if t.dim() > 1 else t[:rows] for name, t in batch.items()}
 
 
 def gate(stock: nn.Module, other: nn.Module, batch: train.Batch) -> tuple[dict[str, Any], str]:
@@ -279,9 +294,8 @@ def step_memory(case: Case, provider: str, settings: Settings) -> measure.Peak:
     device = torch.device(settings.device)
     mode = {harness.compiled(m): m for m in settings.compile}.get(provider)
     model, batch = build(case, provider, device, settings.layers, mode), random_batch(case, device)
-    small = {name: tensor[:1, :8] if tensor.dim() > 1 else tensor[:1] for name, tensor in batch.items()}
     # A compiled step is set up by its own shape: another one would be compiled while it is measured.
-    batches = [copy.copy(batch), batch] if mode is not None else [small, batch]
+    batches = [copy.copy(batch), batch] if mode is not None else [part(batch, 1, 8), batch]
     step = train.Run(model, iter(batches), 2, lr=1e-4, seed=0).step
     step()
     if not torch.isfinite(next(model.parameters())).all():

@@ -116,6 +116,7 @@ def test_whole_steps_are_gated_timed_and_written(step: dict) -> None:
     assert step["complete"] and len(step["rows"]) == 2
     for row in step["rows"]:
         assert row["gate"]["petune"]["compared"] > 10 and row["targets"] == []
+        assert row["gate"]["petune"]["training"]["moved"] > 0.01  # dropout is on
         saved = row["saved_bytes_per_token_per_layer"]
         assert saved["petune"] < saved["eager"]
     assert path.with_suffix(".png").stat().st_size > 10_000
@@ -139,7 +140,7 @@ def test_captured_layers_and_steps_are_timed_beside_the_others(tmp_path: Path, m
     ours = row["losses"][harness.OURS]
     assert row["losses"][models.GRAPHED] == pytest.approx(ours, rel=1e-4)
     assert row["losses"][models.WHOLE] == pytest.approx(ours, rel=1e-4)
-    assert "1 of " in row["graphs"]["bert.encoder"] and "4 calls replayed" in row["graphs"]["bert.encoder"]
+    assert re.search("1 of .* 36 calls replayed", row["graphs"]["bert.encoder"])  # 32 of them the gate's
 
 
 def test_a_wrong_model_gets_no_time_and_ends_in_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,10 +169,25 @@ def test_the_gate_sees_attention_that_is_uniform() -> None:
     assert "wrong: " in models.gate(stock, other, models.random_batch(case, CPU))[1]
 
 
+@pytest.mark.parametrize("fault", ["without dropout", "another rate", "only on four rows"])
+def test_the_gate_sees_training_mode_at_the_timed_size(fault: str) -> None:
+    case = models.Case("minilm", "layernorm", "float32", 8, 32)
+    batch = models.random_batch(case, CPU)
+    built = {name: models.build(case, name, CPU, 1) for name in (harness.EAGER, harness.OURS, "peer")}
+    for module in built["peer"].modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = {"without dropout": 0.0, "another rate": 0.4}.get(fault, module.p)
+    if fault == "only on four rows":
+        built["peer"].classifier.register_forward_hook(lambda module, args, made: 3 * made if len(made) > 4 else None)
+    row = harness.new_row({})
+    models.judge(built, batch, row)
+    assert list(built) == [harness.EAGER, harness.OURS] and "wrong: in training" in row["refused"]["peer"]
+
+
 def test_a_provider_that_raises_costs_no_other_its_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     build, warmed = models.build, []
 
-    def runs_in_the_gate_only(model, args):
+    def runs_in_evaluation_only(model, args):
         warmed.append(1 / (not model.training))
 
     def breaks(case, provider, *args):
@@ -179,7 +195,7 @@ def test_a_provider_that_raises_costs_no_other_its_times(tmp_path: Path, monkeyp
             raise RuntimeError("cannot be built")
         model = build(case, provider, *args)
         if provider == models.GRAPHED:
-            model.register_forward_pre_hook(runs_in_the_gate_only)
+            model.register_forward_pre_hook(runs_in_evaluation_only)
         return model
 
     monkeypatch.setattr(models, "build", breaks)
