@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,9 +18,7 @@ from petune_kernels.studies.shapes import SHAPES
 
 from . import gate, harness, models
 from .harness import EAGER, OURS
-from .op_runs import Settings, Turn, time_turns
-
-GATE_BATCH = 2
+from .op_runs import GATE_ELEMENTS, Settings, Turn, time_turns
 
 
 def run(settings: Settings, regimes: Sequence[str], files: Files, console: Console) -> dict[str, Any]:
@@ -58,13 +56,15 @@ def measure(case: models.Case, settings: Settings) -> harness.Row:
     with harness.reported(row):
         built = harness.attempt({EAGER: None, OURS: None, **modes}, row["refused"], build)
         check(built, dtype, row)
-        torch.compiler.reset()  # nothing compiled for the gate is timed
+        torch.compiler.reset()  # nothing compiled for evaluation is timed
+        check_training(built, dtype, row)
         time_turns(harness.attempt(built, row["refused"], ready), row, settings)
     return row
 
 
 class Layer:
-    """The only layer of a model built with one, and how the model calls it in a batch: `whole`, or the gate's `small`.
+    """The only layer of a model built with one, and how the model calls it: in the `whole` batch, or for the gate in
+    `some` of it, as many sequences as have scores that float64 can hold.
 
     What a model gives its layer beside the hidden states (positions, masks) is its own affair: it is recorded.
     """
@@ -75,7 +75,8 @@ class Layer:
         (self.module,) = next(m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == 1)
         batch = {name: t for name, t in models.random_batch(case, device).items() if name != "labels"}
         self.whole = self._recorded(model, batch)
-        self.small = self._recorded(model, {name: t[:GATE_BATCH] for name, t in batch.items()})
+        rows = max(1, GATE_ELEMENTS // (model.config.num_attention_heads * case.length**2))
+        self.some = self._recorded(model, {name: t[:rows] for name, t in batch.items()})
 
     def _recorded(self, model: nn.Module, batch: train.Batch) -> tuple[Any, Any]:
         """The layer's arguments and keywords in a forward of the model."""
@@ -108,14 +109,14 @@ def check(layers: dict[str, Layer], dtype: torch.dtype, row: harness.Row) -> Non
     stock = harness.needed(layers)
     wide = copy.copy(stock)
     wide.module = copy.deepcopy(stock.module).double()
-    wide.small = tree_map(lambda t: t.double() if isinstance(t, Tensor) and t.is_floating_point() else t, stock.small)
-    x = stock.random(stock.small, dtype).detach()
+    wide.some = tree_map(lambda t: t.double() if isinstance(t, Tensor) and t.is_floating_point() else t, stock.some)
+    x = stock.random(stock.some, dtype).detach()
     dys = gate.projections(x)  # the output is as the input
 
     def results(layer: Layer, x: Tensor) -> dict[str, Tensor]:
         x = x.clone().requires_grad_()
         layer.module.eval()
-        found = gate.gradients(layer(x, layer.small), {"x": x, **layer.trained()}, dys)
+        found = gate.gradients(layer(x, layer.some), {"x": x, **layer.trained()}, dys)
         layer.module.train()
         return found
 
@@ -125,4 +126,20 @@ def check(layers: dict[str, Layer], dtype: torch.dtype, row: harness.Row) -> Non
         row["gate"][name], wrong = gate.compare(results(layer, x), eager, exact, exact, dtype, {"dropout": "off"})
         return wrong
 
+    harness.judge(layers, row["refused"], verdict)
+
+
+def check_training(layers: dict[str, Layer], dtype: torch.dtype, row: harness.Row) -> None:
+    """The same for outputs in training mode, dropout on, at the size that is timed."""
+
+    def output(layer: Layer) -> Callable[[], Tensor]:
+        return lambda: layer(x, layer.whole)
+
+    def verdict(name: str, layer: Layer) -> str:
+        row["gate"][name]["training"], wrong = in_training.verdict(output(layer))
+        return wrong
+
+    stock = harness.needed(layers)
+    x = stock.random(stock.whole, dtype)
+    in_training = gate.InTraining(stock.module, output(stock))
     harness.judge(layers, row["refused"], verdict)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map
 
 from bench import harness, layers, models, op_runs
 from bench.harness import EAGER, OURS
@@ -41,7 +44,7 @@ def test_a_layer_gets_what_its_model_gives_it() -> None:
     layer.module.eval()
     (args, kwargs), hidden = layer.whole, model.model.embed_tokens(batch["input_ids"])
     assert torch.equal(args[0], hidden) and kwargs["position_embeddings"][0].shape[-2:] == (16, 16)
-    assert kwargs["past_key_values"] is None and layer.small[0][0].shape[0] == 2
+    assert kwargs["past_key_values"] is None and layer.some[0][0].shape[0] == 3
     alone = model.model.norm(layer(hidden, layer.whole))
     whole = model.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
     assert torch.allclose(alone, whole, atol=1e-6)
@@ -61,6 +64,25 @@ def test_a_wrong_layer_and_a_regime_without_parameters_are_reported(monkeypatch:
     assert row["refused"][OURS].startswith("wrong: ") and set(row["seconds"]) == {EAGER}
     row = measured("tinyllama", "bitfit")
     assert row["seconds"] == {} and "matches nothing" in row["refused"][EAGER] and OURS in row["refused"]
+
+
+def test_a_layer_is_gated_at_the_size_that_is_timed_and_in_training_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    init = layers.Layer.__init__
+
+    def wrong(self: layers.Layer, case: models.Case, provider: str, device: torch.device) -> None:
+        init(self, case, provider, device)
+        if provider == OURS:
+            self.module.register_forward_hook(fault)
+
+    def right_on_two_rows(module: nn.Module, args: Any, made: Any) -> Any:
+        return tree_map(lambda t: 1.1 * t, made) if len(args[0]) > 2 else made
+
+    def right_in_evaluation(module: nn.Module, args: Any, made: Any) -> Any:
+        return tree_map(lambda t: 2 * t, made) if module.training else made
+
+    monkeypatch.setattr(layers.Layer, "__init__", wrong)
+    for fault in (right_on_two_rows, right_in_evaluation):
+        assert measured("minilm", "layernorm")["refused"][OURS].startswith("wrong: "), fault
 
 
 def test_compiled_layers_are_static_and_compiled_anew_after_the_gate(monkeypatch: pytest.MonkeyPatch) -> None:
