@@ -88,7 +88,8 @@ class InTraining:
         squares = []
         for seed in range(max(4, 64 // len(self._still))):  # fewer rows need more masks
             torch.manual_seed(seed)
-            torch.compiler.cudagraph_mark_step_begin()  # or torch.compile's graphs would wait for a backward
+            if self._still.is_cuda:
+                torch.compiler.cudagraph_mark_step_begin()  # or torch.compile's graphs would wait for a backward
             squares.append((call().detach().float() - self._still).square().mean())
         return torch.stack(squares).mean().sqrt().item()
 

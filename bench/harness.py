@@ -82,9 +82,14 @@ class Result:
         (draw or chart)(self.data, self.files.figure)
         for path in (self.files.json, self.files.json.with_suffix(".csv"), self.files.figure):
             console.print(str(path), markup=False, highlight=False, soft_wrap=True)
-        if wrong := [row for row in self.data["rows"] if OURS in row["refused"]]:
-            reasons = "\n".join(f"{title(row['case'])}: {row['refused'][OURS]}" for row in wrong)
-            raise StudyError(f"petune has no time in {len(wrong)} cases:\n{reasons}")
+        complain({title(row["case"]): row["refused"][OURS] for row in self.data["rows"] if OURS in row["refused"]})
+
+
+def complain(reasons: Mapping[str, str]) -> None:
+    """Raises StudyError where a case of this package has no time, with the reason of each."""
+    if reasons:
+        lines = "\n".join(f"{case}: {why}" for case, why in reasons.items())
+        raise StudyError(f"petune has no time in {len(reasons)} cases:\n{lines}")
 
 
 def new_row(case: Mapping[str, Any]) -> Row:
@@ -96,13 +101,13 @@ def _untimed() -> dict[str, Any]:
 
 
 @contextmanager
-def reported(row: Row) -> Iterator[None]:
-    """Whatever raises within is why this case has no times; the next one goes on."""
+def reported(row: Row, ours: Sequence[str] = (OURS,)) -> Iterator[None]:
+    """Whatever raises within is why this case has no times, neither eager nor `ours`; the next one goes on."""
     try:
         yield
     except Exception as error:  # in the table, and petune's ends the run in an error
         why = reason(error)
-        row.update(_untimed(), refused={EAGER: why, OURS: why} | row["refused"])
+        row.update(_untimed(), refused=dict.fromkeys((EAGER, *ours), why) | row["refused"])
 
 
 def attempt(given: Mapping[str, Given], refused: dict[str, str], do: Callable[[str, Given], Made]) -> dict[str, Made]:

@@ -4,7 +4,8 @@ with an activation memory budget.
 kept: bytes a token and hidden unit of one layer in bfloat16 with dropout, without padding: three layers minus two,
 every tensor saved for backward counted once (studies/measure.py). With the CPU's kernels on real tensors; with CUDA's
 on the meta device, which takes the ways of PyTorch on a GPU (studies/footprint.py). Time: whole steps in turn. Peak: a
-whole step in a fresh process, with freed blocks given back at once and as glibc is by default (studies/report.py).
+whole step in a fresh process, with freed blocks given back at once and as glibc is by default (studies/report.py). What
+raises, or is wrong (the gate of `models`), is refused with the reason and costs no other its numbers.
 """
 
 from __future__ import annotations
@@ -40,8 +41,6 @@ REGIMES = {
     "bert-base": ("full", "layernorm", "bitfit", "lora-qv p=0.1", "lora-all p=0.1"),
     "tinyllama": ("full", "layernorm", "lora-qv p=0.1", "lora-all p=0.1"),
 }
-TARGETS = {"exact": 20.1, "coded": 16.1, "recompute": 6.1, "checkpoint": 2.1}
-"""Of a BERT layer; coded where gelu(u) itself is not needed: in layernorm, bitfit and LoRA on query and value."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +86,14 @@ def run(settings: Settings, files: Files, console: Console) -> dict[str, Any]:
     chart(result.data, files.figure)
     for path in (files.json, files.json.with_suffix(".csv"), files.figure):
         console.print(str(path), markup=False, highlight=False, soft_wrap=True)
+    refused = [(row, name, why) for row in result.data["rows"] for name, why in row["refused"].items()]
+    for row, name, why in refused:
+        console.print(f"{harness.title(row['case'])}, {name}: {why}", markup=False, highlight=False, soft_wrap=True)
+    harness.complain({  # a level that a model has nothing for is no fault
+        f"{harness.title(row['case'])} {name}": why
+        for row, name, why in refused
+        if name in LEVELS and not why.startswith(pk.PatchError.__name__)
+    })  # fmt: skip
     return result.data
 
 
@@ -96,20 +103,16 @@ def points(case: models.Case, settings: Settings) -> list[str]:
 
 
 def measure_case(case: models.Case, settings: Settings) -> harness.Row:
-    row: harness.Row = {"case": dataclasses.asdict(case), "kept": {"cpu": {}, "cuda": {}}, "refused": {}}
-    for point in points(case, settings):
-        if point in BUDGETS:
-            continue  # a budget is spent on a whole model, so no layer has its own bytes: see `times`
-        for kind in ("cpu", "cuda"):
-            try:
-                row["kept"][kind][point] = kept(case, point, kind)
-            except pk.PatchError as error:
-                row["refused"][point] = str(error)
-    row["floor"] = {kind: floor(case, kind) for kind in ("cpu", "cuda")}
+    row: harness.Row = {"case": dataclasses.asdict(case), "kept": {}, "gate": {}, "refused": {}}
+    for kind in KINDS:  # a budget is spent on a whole model, so no layer has its own bytes: see `times`
+        counted = {p: kind for p in points(case, settings) if p not in BUDGETS and p not in row["refused"]}
+        row["kept"][kind] = harness.attempt(counted, row["refused"], lambda point, kind: kept(case, point, kind))
+    row["floor"] = {kind: floor(case, kind) for kind in KINDS}
     if case.shape in settings.timed:
-        row |= times(case, settings, [point for point in points(case, settings) if point not in row["refused"]])
-        row["against_peers"] = against_peers(row)
-        row["memory"] = peaks(case, settings, list(row["seconds"]))
+        with harness.reported(row, LEVELS):
+            row |= times(case, settings, row)
+            row["against_peers"] = against_peers(row)
+            row["memory"] = peaks(case, settings, row)
     return row
 
 
@@ -183,18 +186,24 @@ def floor(case: models.Case, kind: str) -> dict[str, float]:
     return found
 
 
-def times(case: models.Case, settings: Settings, names: Sequence[str]) -> harness.Row:
-    """Seconds of a whole step of each point, in turn, its time over eager's, and what its model keeps for backward."""
-    device = torch.device(settings.device)
+def times(case: models.Case, settings: Settings, row: harness.Row) -> harness.Row:
+    """Seconds of a whole step of each point that is right, in turn, its time over eager's, and what its model keeps for
+    backward."""
+    device, refused = torch.device(settings.device), row["refused"]
     batch = models.random_batch(case, device)
-    steps: dict[str, Callable[[], object]] = {}
-    built = {name: build(case, name, device, settings.layers) for name in names}
-    for name, model in built.items():
-        run = train.Run(model, repeat(batch), settings.rounds + 3, lr=1e-4, seed=0)
-        steps[name] = run.step
-    measure.interleave(steps, 3, device)
+    wanted = dict.fromkeys(point for point in points(case, settings) if point not in refused)
+
+    def ready(name: str, model: nn.Module) -> Callable[[], object]:
+        step = train.Run(model, repeat(batch), settings.rounds + 3, lr=1e-4, seed=0).step
+        measure.interleave({name: step}, 3, device)
+        return step
+
+    built = harness.attempt(wanted, refused, lambda name, _: build(case, name, device, settings.layers))
+    models.judge(built, batch, row)
+    steps = harness.attempt(built, refused, ready)
+    harness.needed(steps)
     seconds = measure.interleave(steps, settings.rounds, device)
-    held = {name: measure.saved_bytes_of_model(model, batch) for name, model in built.items()}
+    held = {name: measure.saved_bytes_of_model(built[name], batch) for name in steps}
     steps.clear()
     built.clear()
     torch.compiler.reset()
@@ -223,14 +232,17 @@ def against_peers(row: harness.Row) -> list[dict[str, Any]]:
     return found
 
 
-def peaks(case: models.Case, settings: Settings, names: Sequence[str]) -> dict[str, dict[str, int]]:
-    """The rise of memory by a step of each point, in fresh processes."""
-    found: dict[str, dict[str, int]] = {}
-    for name in names:
-        found[name] = {"rise": measure.fresh_process(step_peak, case, name, settings, False).rise}
-        if settings.device == "cpu":
-            found[name]["rise_given_back"] = measure.fresh_process(step_peak, case, name, settings, True).rise
-    return found
+def peaks(case: models.Case, settings: Settings, row: harness.Row) -> dict[str, dict[str, int]]:
+    """The rise of memory by a step of each point that has a time, in fresh processes."""
+    ways = {"rise": False} | ({"rise_given_back": True} if settings.device == "cpu" else {})
+
+    def rises(name: str, _: object) -> dict[str, int]:
+        return {
+            key: measure.fresh_process(step_peak, case, name, settings, give_back).rise
+            for key, give_back in ways.items()
+        }
+
+    return harness.attempt(row["seconds"], row["refused"], rises)
 
 
 def step_peak(case: models.Case, point: str, settings: Settings, give_back: bool) -> measure.Peak:
