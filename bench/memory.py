@@ -221,7 +221,7 @@ def times(case: models.Case, settings: Settings, row: harness.Row) -> harness.Ro
 
 
 def against_peers(row: harness.Row) -> list[dict[str, Any]]:
-    """For every peer: the fastest level whose model keeps no more than the peer's, and the peer's time over its."""
+    """For every peer: the fastest level whose model keeps at most 5 % more, and the peer's time over that level's."""
     found, held = [], row["held"]
     for peer in (HF, *BUDGETS):
         levels = [name for name in LEVELS if name in held and held[name] <= 1.05 * held.get(peer, 0)]

@@ -165,7 +165,7 @@ def render_memory(
                 lines += [f"{title[0].upper()}{title[1:]}:", "", f"| {' | '.join(names)} |"]
                 lines += [f"|---|{'--:|' * (len(names) - 1)}", *(f"| {' | '.join(line)} |" for line in grid), ""]
         if peers := [(row["case"]["regime"], peer) for row in rows for peer in row.get("against_peers", [])]:
-            lines += ["A peer's step time over that of the fastest level that keeps no more:", ""]
+            lines += ["A peer's step time over that of the fastest level that keeps at most 5 % more:", ""]
             lines += ["| regime | peer | level | ratio, median and quartiles |", "|---|---|---|---|"]
             lines += [
                 f"| {regime} | {p['peer']} | {p['level']} | {p['median']:.2f} ({p['low']:.2f} to {p['high']:.2f}) |"

@@ -70,7 +70,8 @@ def test_a_run_is_written_drawn_and_shown(tiny: memory.Settings, tmp_path: Path,
         lines = list(csv.DictReader(file))
     assert len(lines) == 12 and float(lines[2]["kept_cpu"]) == result["rows"][0]["kept"]["cpu"]["exact"]
     shown = readme.render_memory(result)
-    assert "| tiny | layernorm | lora-all p=0.1 |" in shown and "| recompute |" in shown and "A peer's step" in shown
+    assert "| tiny | layernorm | lora-all p=0.1 |" in shown and "| recompute |" in shown
+    assert "keeps at most 5 % more:" in shown
     (tmp_path / "bench" / "results").mkdir(parents=True)
     newest = tmp_path / "bench" / "results" / "2026-01-02-memory.json"
     newest.write_text(json.dumps(result))
@@ -80,9 +81,9 @@ def test_a_run_is_written_drawn_and_shown(tiny: memory.Settings, tmp_path: Path,
     assert "step time over eager's" in console.export_text()
 
 
-def test_a_peer_is_met_by_the_fastest_level_that_keeps_no_more() -> None:
+def test_a_peer_is_met_by_the_fastest_level_that_keeps_at_most_5_percent_more() -> None:
     row = {
-        "held": {memory.HF: 20, "exact": 180, "recompute": 40, "checkpoint": 21},
+        "held": {memory.HF: 20, "exact": 180, "recompute": 22, "checkpoint": 21},
         "raw": {memory.HF: [3.0, 3.0], "exact": [1.0, 1.0], "recompute": [1.5, 1.5], "checkpoint": [2.0, 2.0]},
     }
     (found,) = memory.against_peers(row)
