@@ -14,7 +14,6 @@ from torch.utils._pytree import tree_map
 
 from petune_kernels.studies import train
 from petune_kernels.studies.result import Files
-from petune_kernels.studies.shapes import SHAPES
 
 from . import gate, harness, models
 from .harness import EAGER, OURS
@@ -24,7 +23,7 @@ from .op_runs import GATE_ELEMENTS, Settings, Turn, time_turns
 def run(settings: Settings, regimes: Sequence[str], files: Files, console: Console) -> dict[str, Any]:
     """One layer of each shape in the regimes of `models`. Raises StudyError in the end where petune has no time."""
     device = torch.device(settings.device)
-    harness.check_names("--shape", settings.widths, list(SHAPES))
+    models.check_shapes(settings.widths, settings.length)
     harness.check_names("--regime", regimes, models.REGIMES)
     result = harness.Result(files, "layers", dataclasses.asdict(settings) | {"regimes": list(regimes)}, device)
     shape = (settings.batch, settings.length)

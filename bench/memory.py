@@ -62,7 +62,7 @@ class Settings:
 
 def run(settings: Settings, files: Files, console: Console) -> dict[str, Any]:
     """Every shape and regime, written after each."""
-    harness.check_names("--shape", settings.shapes, list(REGIMES))
+    models.check_shapes(settings.shapes, settings.length, list(REGIMES))
     harness.check_names("--time", settings.timed, settings.shapes)
     known = dict.fromkeys(name for shape in settings.shapes for name in REGIMES[shape])
     harness.check_names("--regime", settings.regimes, list(known))

@@ -20,7 +20,7 @@ from transformers import AutoConfig
 import petune_kernels as pk
 from petune_kernels.patch import graphs
 from petune_kernels.studies import measure, train
-from petune_kernels.studies.errors import StudyError
+from petune_kernels.studies.errors import InputError, StudyError
 from petune_kernels.studies.result import Files
 from petune_kernels.studies.shapes import SHAPES
 
@@ -84,7 +84,7 @@ class Settings:
 def run(settings: Settings, files: Files, console: Console) -> dict[str, Any]:
     """Every case of the settings, written as it grows. Raises StudyError in the end where petune has no time."""
     device = torch.device(settings.device)
-    harness.check_names("--shape", settings.shapes, list(SHAPES))
+    check_shapes(settings.shapes, settings.length)
     harness.check_names("--regime", settings.regimes, REGIMES)
     result = harness.Result(files, "models", dataclasses.asdict(settings), device)
     asked = cases(settings)
@@ -217,6 +217,17 @@ def graphs_of(model: nn.Module | None) -> dict[str, Any]:
     of the timed steps are in the row for that, the same for every patched provider but for the masks of the whole step,
     whose attention takes another kernel."""
     return {} if model is None else graphs.of(model)
+
+
+def check_shapes(shapes: Sequence[str], length: int, known: Sequence[str] = tuple(SHAPES)) -> None:
+    """Raises InputError for a shape that is not known, or has fewer positions than `length`."""
+    harness.check_names("--shape", shapes, known)
+    for shape in shapes:
+        kind, sizes = SHAPES[shape]
+        found = AutoConfig.for_model(kind, **sizes)
+        places = found.max_position_embeddings - (found.pad_token_id + 1 if kind == "roberta" else 0)
+        if length > places:
+            raise InputError(f"--length is {length}, but {shape} has {places} positions")
 
 
 def config(case: Case) -> Any:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import gc
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import repeat
 from pathlib import Path
@@ -22,9 +22,9 @@ from torch import nn
 import petune_kernels as pk
 from petune_kernels.studies import measure, train
 from petune_kernels.studies.result import Files
-from petune_kernels.studies.shapes import SHAPES
 
 from . import harness, models
+from .gate import shown
 from .harness import EAGER, OURS
 
 REGIMES = tuple(regime for regime in models.REGIMES if regime != "full")
@@ -75,56 +75,61 @@ class Packed:
 def run(settings: Settings, files: Files, console: Console) -> dict[str, Any]:
     """Every case of the settings, written after each. Raises StudyError in the end where petune failed its gate."""
     device = torch.device(settings.device)
-    harness.check_names("--shape", settings.shapes, list(SHAPES))
+    models.check_shapes(settings.shapes, settings.length)
     harness.check_names("--regime", settings.regimes, REGIMES)
     result = harness.Result(files, "packed", dataclasses.asdict(settings), device)
     asked = models.cases(settings)
     with harness.progress(console, len(asked)) as begin:
         for case in asked:
             begin(harness.title(dataclasses.asdict(case)))
-            result.add(measure_case(case, settings))
+            row = harness.new_row(dataclasses.asdict(case))
+            with harness.reported(row):
+                measure_case(case, settings, row)
+            result.add(row)
     result.finish(console, chart)
     return result.data
 
 
-def measure_case(case: models.Case, settings: Settings) -> harness.Row:
+def measure_case(case: models.Case, settings: Settings, row: harness.Row) -> None:
     device, batch = torch.device(settings.device), models.random_batch(case, torch.device(settings.device))
-    row: harness.Row = {"case": dataclasses.asdict(case), "gate": {}, "refused": {}}
-    small = {name: tensor[:4, :32] if tensor.dim() > 1 else tensor[:4] for name, tensor in batch.items()}
-    row["gate"][OURS], wrong = gate(case, settings, device, small)
-    if wrong:
-        return row | {"refused": {OURS: wrong}, "seconds": {}, "speedup": {}, "petune_over": {}, "best_peer": None}
-    steps = settings.rounds + 2
-    variants: dict[str, Any] = {
-        name: train.Run(models.build(case, name, device, settings.layers), repeat(batch), steps, lr=1e-4, seed=0)
-        for name in (EAGER, OURS)
-    }
-    calls = {EAGER: 1, OURS: 1}
-    for G in settings.replicas:
-        name = packed_name(G)
-        model = models.build(case, OURS, device, settings.layers)
-        variants[name], calls[name] = Packed(model, G, repeat(batch), steps, lr=1e-4), G
-    row |= harness.turns({n: one.step for n, one in variants.items()}, settings.rounds, device, calls=calls)
-    del variants
+    check(case, settings, batch, row)
+    if OURS in row["refused"]:
+        return
+    steps = settings.rounds + 3
+    calls = {EAGER: 1, OURS: 1} | {packed_name(G): G for G in settings.replicas}
+
+    def ready(name: str, G: int) -> Callable[[], None]:
+        model = models.build(case, EAGER if name == EAGER else OURS, device, settings.layers)
+        alone, batches = name in (EAGER, OURS), repeat(batch)
+        run = train.Run(model, batches, steps, 1e-4, seed=0) if alone else Packed(model, G, batches, steps, 1e-4)
+        run.step()
+        return run.step
+
+    runs = harness.attempt(calls, row["refused"], ready)
+    harness.needed(runs)
+    row |= harness.turns(runs, settings.rounds, device, calls=calls)
+    del runs
     gc.collect()
     if settings.memory:
-        peaks = {name: measure.fresh_process(step_memory, case, name, settings) for name in row["seconds"]}
+        peaks = harness.attempt(
+            row["seconds"], row["refused"], lambda name, _: measure.fresh_process(step_memory, case, name, settings)
+        )
         row["memory"] = {name: dataclasses.asdict(peak) | {"rise": peak.rise} for name, peak in peaks.items()}
-    return row
 
 
 def packed_name(G: int) -> str:
     return f"{OURS} packed {G}"
 
 
-def gate(case: models.Case, settings: Settings, device: torch.device, batch: train.Batch) -> tuple[dict[str, Any], str]:
-    """What was compared, and '' or why nothing is timed: a few steps of three replicas and of the same solo runs,
-    dropout on; and the patched model against the stock one, dropout off."""
-    stock, patched = (models.build(case, name, device, settings.layers) for name in (EAGER, OURS))
-    fact, reason = models.gate(stock, patched, batch)
-    if reason:
-        return fact, reason
-    together = Packed(patched, 3, repeat(batch), _GATE_STEPS, lr=1e-3)
+def check(case: models.Case, settings: Settings, batch: train.Batch, row: harness.Row) -> None:
+    """Whether ours is right, into the row: the patched model by `models.judge`, and a few steps of three replicas by
+    the same solo runs, dropout on, at the size that is timed."""
+    device = batch["input_ids"].device
+    built = {name: models.build(case, name, device, settings.layers) for name in (EAGER, OURS)}
+    models.judge(built, batch, row)
+    if OURS not in built:
+        return
+    together = Packed(built[OURS], 3, repeat(batch), _GATE_STEPS, lr=1e-3)
     for _ in range(_GATE_STEPS):
         together.step()
     worst = 0.0
@@ -135,16 +140,17 @@ def gate(case: models.Case, settings: Settings, device: torch.device, batch: tra
             alone.step()
         worst = max(worst, *(abs(a - b) / abs(b) for a, b in zip(losses, alone.losses, strict=True)))
     bound = BOUNDS[case.dtype]
-    fact = {"stock": fact, "compared": 3 * _GATE_STEPS, "worst": "a replica's loss", "error": worst, "bound": bound}
-    return fact, "" if worst <= bound else f"wrong: a replica's loss is {worst:.1e} off its solo run's, allowed {bound}"
+    fact = {"compared": 3 * _GATE_STEPS, "worst": "a replica's loss", "error": shown(worst), "bound": bound}
+    row["gate"][OURS] = {"stock": row["gate"][OURS]} | fact
+    if not worst <= bound:
+        row["refused"][OURS] = f"wrong: a replica's loss is {worst:.1e} off its solo run's, allowed {bound}"
 
 
 def step_memory(case: models.Case, name: str, settings: Settings) -> measure.Peak:
     """One step of a variant, for a process that has done nothing else, after a tiny step that sets up what stays."""
     device = torch.device(settings.device)
     batch = models.random_batch(case, device)
-    small = {n: tensor[:1, :8] if tensor.dim() > 1 else tensor[:1] for n, tensor in batch.items()}
-    batches = iter([small, copy.copy(batch)])
+    batches = iter([models.part(batch, 1, 8), copy.copy(batch)])
     model = models.build(case, EAGER if name == EAGER else OURS, device, settings.layers)
     if name.startswith(packed_name(0)[:-1]):
         step = Packed(model, int(name.rsplit(" ", 1)[1]), batches, 2, lr=1e-4).step
@@ -164,7 +170,8 @@ def chart(result: Mapping[str, Any], path: Path) -> None:
     for axes, dtype in zip(figure.subplots(1, len(dtypes), squeeze=False)[0], dtypes, strict=True):
         for i, row in enumerate(r for r in rows if r["case"]["dtype"] == dtype):
             colour = harness.COLOURS[i % len(harness.COLOURS)]
-            packs = {G: row["seconds"][packed_name(G)] for G in result["settings"]["replicas"]}
+            timed = {G: row["seconds"].get(packed_name(G)) for G in result["settings"]["replicas"]}
+            packs = {G: one for G, one in timed.items() if one is not None}
             speed = [1 / one["median"] for one in packs.values()]
             spread = [[v - 1 / one["high"] for v, one in zip(speed, packs.values(), strict=True)],
                       [1 / one["low"] - v for v, one in zip(speed, packs.values(), strict=True)]]  # fmt: skip

@@ -315,6 +315,10 @@ def test_a_result_is_on_disk_after_every_case_and_never_half(tmp_path: Path) -> 
     [
         (["models", "--regime", "lora"], "--regime is 'lora'; accepted are layernorm"),
         (["models", "--shape", "bert"], "--shape is 'bert'"),
+        (["models", "--length", "1024"], "--length is 1024, but minilm has 512 positions"),
+        (["layers", "--shape", "roberta-large", "--length", "513"], "but roberta-large has 512 positions"),
+        (["packed", "--length", "1024"], "--length is 1024, but minilm has 512 positions"),
+        (["memory", "--length", "1024"], "--length is 1024, but bert-base has 512 positions"),
         (["ops", "--op", "norm"], "--op is 'norm'; accepted are residual_norm"),
         (["ops", "--dtype", "float16"], "--dtype is 'float16'"),
         (["layers", "--device", "tpu"], "--device is 'tpu'"),

@@ -52,6 +52,24 @@ def test_replicas_that_are_not_their_solo_runs_get_no_time(tmp_path: Path, monke
     assert all("a replica's loss is" in row["refused"][harness.OURS] and not row["seconds"] for row in rows)
 
 
+def test_a_variant_or_a_case_that_raises_costs_no_other_its_times(tmp_path: Path, monkeypatch) -> None:
+    replicate = packed.pk.replicate
+
+    def breaks(model, seeds, init):
+        if len(seeds) == 4:
+            raise MemoryError("too many")
+        return replicate(model, seeds, init=init)
+
+    monkeypatch.setattr(packed.pk, "replicate", breaks)
+    check = packed.check
+    monkeypatch.setattr(packed, "check", lambda case, *rest: 1 / 0 if "lora" in case.regime else check(case, *rest))
+    with pytest.raises(StudyError, match=r"petune has no time in 1 cases:\n.*lora-qv.* ZeroDivisionError"):
+        packed.run(dataclasses.replace(TINY, replicas=(1, 4)), Files.new(tmp_path, "packed"), QUIET)
+    one, other = json.loads(next(tmp_path.glob("*.json")).read_text())["rows"]
+    assert list(one["seconds"]) == ["eager", "petune", "petune packed 1"] and other["seconds"] == {}
+    assert one["refused"] == {"petune packed 4": "MemoryError: too many"}
+
+
 @pytest.mark.slow
 def test_memory_of_every_variant_in_a_process_of_its_own() -> None:
     case = models.Case("minilm", "layernorm", "float32", 2, 32)
