@@ -28,7 +28,7 @@ DTypes = Annotated[list[str], typer.Option("--dtype", help="bfloat16 or float32;
 Compile = Annotated[bool, typer.Option("--compile", help="torch.compile, too; compiling takes minutes.")]
 CompileMode = Annotated[
     list[str] | None,
-    typer.Option(help="torch.compile in this mode, too: reduce-overhead, max-autotune-no-cudagraphs; may be repeated."),
+    typer.Option(help="In this mode, too: reduce-overhead, max-autotune, max-autotune-no-cudagraphs; may be repeated."),
 ]
 AUTO = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = ["bfloat16", "float32"]

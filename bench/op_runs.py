@@ -29,8 +29,8 @@ GATE_ELEMENTS = 2**26
 CEILING_BYTES, CEILING_WIDTH = {"cpu": 2**27, "cuda": 2**30}, {"cpu": 1024, "cuda": 8192}
 CEILING_CALLS = {"cpu": 1, "cuda": 10}  # a turn: on a GPU launch and synchronisation would count
 TRITON = f"{OURS}, triton"
-MODES = ("default", "reduce-overhead", "max-autotune-no-cudagraphs")  # of torch.compile
-OWN_GRAPHS = harness.compiled("reduce-overhead")
+MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")  # of torch.compile
+OWN_GRAPHS = tuple(map(harness.compiled, ("reduce-overhead", "max-autotune")))
 
 Run = Callable[[], object]
 Call = Callable[[ops.Tensors, float, Tensor | None], Any]
@@ -247,7 +247,7 @@ def graph_times(
     device, refused = torch.device(settings.device), dict[str, str]()
 
     def ready(name: str, turn: Turn) -> Run:
-        if name == OWN_GRAPHS:
+        if name in OWN_GRAPHS:
             raise StudyError("replays CUDA graphs of its own, which no other can hold")
         replay = record(turn)
         measure.interleave({name: replay}, 1, device)
