@@ -28,6 +28,7 @@ from torch import nn
 import petune_kernels as pk
 from petune_kernels import meta
 from petune_kernels.studies import footprint, measure, report, train
+from petune_kernels.studies.errors import InputError
 from petune_kernels.studies.result import Files
 
 from . import harness, models
@@ -66,7 +67,10 @@ def run(settings: Settings, files: Files, console: Console) -> dict[str, Any]:
     harness.check_names("--time", settings.timed, settings.shapes)
     known = dict.fromkeys(name for shape in settings.shapes for name in REGIMES[shape])
     harness.check_names("--regime", settings.regimes, list(known))
-    harness.check_names("--compile", settings.budgets, list(settings.regimes or known))
+    if settings.budgets and not settings.timed:
+        raise InputError("--compile takes its times from whole steps: it needs --time SHAPE")
+    timed = dict.fromkeys(name for shape in settings.timed for name in REGIMES[shape])
+    harness.check_names("--compile", settings.budgets, [n for n in timed if n in (settings.regimes or timed)])
     result = harness.Result(files, "memory", dataclasses.asdict(settings), torch.device(settings.device))
     cases = [
         models.Case(shape, regime, "bfloat16", settings.batch, settings.length)

@@ -139,8 +139,10 @@ def test_what_raises_or_is_wrong_is_refused_and_costs_no_other_its_numbers(tiny,
 def test_bad_input_is_one_line_and_exit_2(tmp_path: Path, capsys) -> None:
     assert main("memory", "--shape", "bert", "--out", str(tmp_path)) == 2
     assert "--shape is 'bert'; accepted are bert-base, tinyllama" in capsys.readouterr().err
-    assert main("memory", "--compile", "lora", "--out", str(tmp_path)) == 2
-    assert "--compile is 'lora'" in capsys.readouterr().err
+    assert main("memory", "--compile", "layernorm", "--out", str(tmp_path)) == 2
+    assert "it needs --time SHAPE" in capsys.readouterr().err
+    assert main("memory", "--time", "tinyllama", "--compile", "bitfit", "--out", str(tmp_path)) == 2
+    assert "--compile is 'bitfit'; accepted are full, layernorm, lora" in capsys.readouterr().err
     assert main("memory", "--shape", "tinyllama", "--regime", "bitfit", "--out", str(tmp_path)) == 2
     assert "--regime is 'bitfit'" in capsys.readouterr().err
 
