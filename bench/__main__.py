@@ -82,7 +82,7 @@ def models(
     if cuda_graphs and device != "cuda":
         raise InputError(f"--cuda-graphs needs --device cuda; it is {device}")
     settings = benchmark.Settings(
-        tuple(shape), tuple(regime or benchmark.REGIMES), tuple(dtype), batch, length, device, rounds, layers,
+        tuple(shape), tuple(regime or ()), tuple(dtype), batch, length, device, rounds, layers,
         _modes(compile, compile_mode), memory, saved, cuda_graphs, trainer,
     )  # fmt: skip
     benchmark.run(settings, Files.new(out, "models"), console)
@@ -107,7 +107,7 @@ def packed(
 
     _check(device, dtype)
     settings = benchmark.Settings(
-        tuple(shape), tuple(regime or benchmark.REGIMES), tuple(dtype), tuple(replicas or (1, 2, 4, 8, 20)), batch,
+        tuple(shape), tuple(regime or ()), tuple(dtype), tuple(replicas or (1, 2, 4, 8, 20)), batch,
         length, device, rounds, layers, memory,
     )  # fmt: skip
     benchmark.run(settings, Files.new(out, "packed"), console)
@@ -167,12 +167,12 @@ def layers(
 ) -> None:
     """One layer as its model calls it, forward and backward to its input, in every regime."""
     from . import layers as benchmark
-    from . import models, op_runs
+    from . import op_runs
 
     _check(device, dtype)
     modes = _modes(compile, compile_mode)
     settings = op_runs.Settings(tuple(shape), tuple(dtype), (), batch, length, device, rounds, modes)
-    benchmark.run(settings, tuple(regime or models.REGIMES), Files.new(out, "layers"), console)
+    benchmark.run(settings, tuple(regime or ()), Files.new(out, "layers"), console)
 
 
 @app.command()

@@ -26,8 +26,7 @@ def run(settings: Settings, regimes: Sequence[str], files: Files, console: Conso
     models.check_shapes(settings.widths, settings.length)
     harness.check_names("--regime", regimes, models.REGIMES)
     result = harness.Result(files, "layers", dataclasses.asdict(settings) | {"regimes": list(regimes)}, device)
-    shape = (settings.batch, settings.length)
-    cases = [models.Case(w, r, d, *shape) for w in settings.widths for d in settings.dtypes for r in regimes]
+    cases = models.cases(settings.widths, settings, regimes)
     with harness.progress(console, len(cases)) as begin:
         for case in cases:
             begin(harness.title(dataclasses.asdict(case)))

@@ -30,6 +30,7 @@ from .harness import COMPILED, EAGER, OURS
 
 LORA = {"lora-qv": None, "lora-all": "all-linear"}  # None: PEFT's own choice for the model, query and value in BERT
 REGIMES = ("layernorm", "bitfit", "full", *(f"{name} p={p}" for name in LORA for p in ("0.1", "0.0")))
+ABSENT = {"tinyllama": ("bitfit",)}  # a Llama has no biases
 
 GRAPHED, WHOLE = f"{OURS}, CUDA graphs", f"{OURS}, whole step a CUDA graph"
 
@@ -62,12 +63,12 @@ class Case:
 
 @dataclass(frozen=True)
 class Settings:
-    """`layers` cuts the models short (None: as many as the shape has); `compile`: torch.compile's modes; `memory` takes
-    a fresh process per provider; `graphs` (on a GPU) times CUDA graphs of the layers and of the whole step, too;
-    `trainer`: steps of each turn of transformers' Trainer (0: none)."""
+    """`regimes`: all that a shape has if empty; `layers` cuts the models short (None: as many as the shape has);
+    `compile`: torch.compile's modes; `memory` takes a fresh process per provider; `graphs` (on a GPU) times CUDA graphs
+    of the layers and of the whole step, too; `trainer`: steps of each turn of transformers' Trainer (0: none)."""
 
     shapes: Sequence[str] = ("minilm",)
-    regimes: Sequence[str] = REGIMES
+    regimes: Sequence[str] = ()
     dtypes: Sequence[str] = tuple(train.DTYPES)
     batch: int = 16
     length: int = 128
@@ -87,7 +88,7 @@ def run(settings: Settings, files: Files, console: Console) -> dict[str, Any]:
     check_shapes(settings.shapes, settings.length)
     harness.check_names("--regime", settings.regimes, REGIMES)
     result = harness.Result(files, "models", dataclasses.asdict(settings), device)
-    asked = cases(settings)
+    asked = cases(settings.shapes, settings, settings.regimes)
     with harness.progress(console, len(asked)) as begin:
         for case in asked:
             begin(harness.title(dataclasses.asdict(case)))
@@ -99,10 +100,15 @@ def run(settings: Settings, files: Files, console: Console) -> dict[str, Any]:
     return result.data
 
 
-def cases(settings: Any) -> list[Case]:
-    """Every shape, dtype and regime of the settings, in this order of loops."""
-    asked = product(settings.shapes, settings.dtypes, settings.regimes)
-    return [Case(shape, regime, dtype, settings.batch, settings.length) for shape, dtype, regime in asked]
+def cases(
+    shapes: Sequence[str], settings: Any, regimes: Sequence[str] = (), known: Sequence[str] = REGIMES
+) -> list[Case]:
+    """Every shape, dtype and regime, in this order of loops; without `regimes` all `known` ones that the shape has."""
+    return [
+        Case(shape, regime, dtype, settings.batch, settings.length)
+        for shape, dtype in product(shapes, settings.dtypes)
+        for regime in regimes or [name for name in known if name not in ABSENT.get(shape, ())]
+    ]
 
 
 def measure_case(case: Case, settings: Settings, row: harness.Row) -> Iterator[None]:

@@ -36,10 +36,11 @@ _GATE_STEPS = 3
 
 @dataclass(frozen=True)
 class Settings:
-    """replicas: each G that is timed. `layers` cuts the models short; `memory` takes a fresh process per variant."""
+    """`regimes`: all that a shape has if empty; `replicas`: each G that is timed; `layers` cuts the models short;
+    `memory` takes a fresh process per variant."""
 
     shapes: Sequence[str] = ("minilm",)
-    regimes: Sequence[str] = REGIMES
+    regimes: Sequence[str] = ()
     dtypes: Sequence[str] = tuple(train.DTYPES)
     replicas: Sequence[int] = (1, 2, 4, 8, 20)
     batch: int = 16
@@ -78,7 +79,7 @@ def run(settings: Settings, files: Files, console: Console) -> dict[str, Any]:
     models.check_shapes(settings.shapes, settings.length)
     harness.check_names("--regime", settings.regimes, REGIMES)
     result = harness.Result(files, "packed", dataclasses.asdict(settings), device)
-    asked = models.cases(settings)
+    asked = models.cases(settings.shapes, settings, settings.regimes, REGIMES)
     with harness.progress(console, len(asked)) as begin:
         for case in asked:
             begin(harness.title(dataclasses.asdict(case)))

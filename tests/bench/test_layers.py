@@ -36,6 +36,14 @@ def test_a_layer_is_gated_and_timed(shape: str, regime: str, dtype: str) -> None
     assert row["refused"] == {} and set(row["seconds"]) == {EAGER, OURS} and row["gate"][OURS]["compared"] > 2
 
 
+def test_the_regimes_are_those_that_a_shape_has_unless_they_are_named() -> None:
+    def regimes(*given: Any) -> list[str]:
+        return [case.regime for case in models.cases(("tinyllama",), models.Settings(dtypes=("float32",)), *given)]
+
+    assert regimes() == [name for name in models.REGIMES if name != "bitfit"]
+    assert regimes((), ("bitfit", "full")) == ["full"] and regimes(("bitfit",)) == ["bitfit"]
+
+
 def test_a_layer_gets_what_its_model_gives_it() -> None:
     case = models.Case("tinyllama", "layernorm", "float32", 3, 16)
     model = models.build(case, EAGER, torch.device("cpu"), 1).eval()
