@@ -209,8 +209,15 @@ def collect(
     folder: Annotated[Path, typer.Argument(help="Where the benchmarks wrote their results.", exists=True)],
     file: Annotated[Path, typer.Argument(help="The one JSON file to write.")],
 ) -> None:
-    """Put all results of a folder into one file, the unfinished ones marked so."""
-    parts = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+    """Put all results of a folder into one file, the unfinished ones marked so; what is no result is named."""
+    if not file.parent.is_dir():
+        raise InputError(f"{file.parent}, where {file.name} is to be written, is no folder")
+    parts = []
+    for path in sorted(path for path in folder.glob("*.json") if path.resolve() != file.resolve()):
+        try:
+            parts.append(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError) as error:
+            print(f"bench: left out {path}: {error}", file=sys.stderr)
     if not parts:
         raise InputError(f"{folder} holds no result")
     half = file.with_suffix(".part")
