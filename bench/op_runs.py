@@ -90,7 +90,7 @@ def run_ops(settings: Settings, files: Files, console: Console, benchmark: str =
         for w in settings.widths
         for d in settings.dtypes
         for case in chosen
-        if not (case.wide and train.DTYPES[d].itemsize > 2)
+        if case.comes_in(train.DTYPES[d])
     ]
     result.data["ceilings"] = {name: ceilings(device, train.DTYPES[name]) for name in settings.dtypes}
     with harness.progress(console, len(todo)) as begin:

@@ -1,10 +1,15 @@
-"""What surrounds the benchmarks: results put together."""
+"""What surrounds the benchmarks: results put together, the cases of pytest-benchmark."""
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 
+import pytest
+import torch
+
+from bench import bench_ops
 from bench.__main__ import main
 
 
@@ -17,3 +22,11 @@ def test_collect_leaves_out_what_is_broken_and_its_own_file(tmp_path: Path, caps
         assert json.loads((tmp_path / "all.json").read_text())["parts"] == [{"rows": []}]
     assert main("collect", str(tmp_path), str(tmp_path / "none" / "all.json")) == 2
     assert "is no folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("name", "value"), [("TOKENS", "abc"), ("TOKENS", "0x8"), ("WIDTH", "wide")])
+def test_a_shape_of_the_op_cases_that_is_none_is_named(name: str, value: str, monkeypatch) -> None:
+    assert not any(case.wide and dtype == torch.float32 for case, dtype in bench_ops.CASES)
+    monkeypatch.setenv(f"PETUNE_BENCH_{name}", value)
+    with pytest.raises(pytest.Collector.CollectError, match=f"PETUNE_BENCH_{name} is '{value}'; accepted"):
+        importlib.reload(bench_ops)
