@@ -1,14 +1,21 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one command: bash bench/gpu.sh [FOLDER]
 # Builds the extension in place, then ceilings, ops, layers, whole models and peak memory, each behind its gate, into
-# bench/results/DATE-gpu.json. Under nine minutes; nothing is fetched. Every part has a time limit and writes each case
-# as it is finished, so that a part that fails or runs out of time costs neither its earlier cases nor the later parts.
+# bench/results/DATE-gpu.json, a day's second run into DATE-gpu_02.json. Under nine minutes; nothing is fetched. Every
+# part has a time limit and writes each case as it is finished, so that a part that fails or runs out of time costs
+# neither its earlier cases nor the later parts.
 set -u
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
 FOLDER=${1:-bench/results}
 PARTS=$(mktemp -d)
-RESULT="$FOLDER/$(date +%Y-%m-%d)-gpu.json"
+STEM="$FOLDER/$(date +%Y-%m-%d)-gpu"
+RUN=1
+RESULT="$STEM.json"
+while [ -e "$RESULT" ]; do # sorts behind the one before
+    RUN=$((RUN + 1))
+    RESULT="${STEM}_$(printf %02d "$RUN").json"
+done
 FAILED=0
 BUDGET=520 # seconds for all of it
 export TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-9.0} HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1
@@ -32,12 +39,12 @@ if ! "$PYTHON" -c "import torch, sys; sys.exit(not torch.cuda.is_available())"; 
     exit 2
 fi
 # whatever ends this, what was measured is put together
-trap '"$PYTHON" -m bench collect "$PARTS" "$RESULT" && echo "result  $RESULT"' EXIT
+trap '"$PYTHON" -m bench collect "$PARTS" "$RESULT" && echo "result  $RESULT" || exit 1' EXIT
 if ! FORCE_CUDA=1 timeout 180 "$PYTHON" setup.py -q build_ext --inplace; then
     echo "== the build failed: Triton's kernels serve where there are any, and the results say so" >&2
     FAILED=1
 fi
-"$PYTHON" -m petune_kernels.cli doctor
+part 60 "$PYTHON" -m petune_kernels.cli doctor
 
 BENCH=("$PYTHON" -m bench)
 COMMON=(--device cuda --dtype bfloat16 --out "$PARTS")

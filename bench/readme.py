@@ -81,7 +81,7 @@ def bench_results() -> list[dict[str, Any]]:
     time limit may have cut short."""
     newest: dict[tuple[str, str], list[dict[str, Any]]] = {}
     folder = ROOT / "bench" / "results"
-    for path in sorted([*folder.glob("*-bench-*.json"), *folder.glob("*-gpu.json")]):
+    for path in sorted([*folder.glob("*-bench-*.json"), *folder.glob("*-gpu*.json")]):
         found = json.loads(path.read_text())
         parts = found.get("parts") or ([found] if found["complete"] else [])
         for key in {(part["benchmark"], part["machine"]["device"]) for part in parts}:

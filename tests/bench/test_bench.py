@@ -256,7 +256,7 @@ def test_all_parts_of_a_gpu_file_are_shown(step: dict, tmp_path: Path, monkeypat
     share = {"share_of_floor": {"petune": 0.875}}
     row = part["rows"][0] | share | {"backward": share, "graph": {"seconds": {"petune": {"median": 0.002}}}}
     cut = part | {"rows": [row, harness.new_row({"n": 1})], "complete": False, "command": "python -m bench other"}
-    (tmp_path / "bench" / "results" / "2026-01-01-gpu.json").write_text(json.dumps({"parts": [part, cut]}))
+    (tmp_path / "bench" / "results" / "2026-01-01-gpu_02.json").write_text(json.dumps({"parts": [part, cut]}))
     monkeypatch.setattr(readme, "ROOT", tmp_path)
     shown = readme.render_bench()
     assert shown.count("| case | eager | petune |") == 2 and shown.count("Cut short by its time limit.") == 1
