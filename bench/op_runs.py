@@ -107,8 +107,9 @@ def measure_op(
 ) -> harness.Row:
     dtype, device = train.DTYPES[dtype_name], torch.device(settings.device)
     letters = ops.sizes(settings.batch, settings.length, hidden, dtype)
+    heads = " {B} x {h} x {S} x {D}".format_map(letters) if case.op == "attention" else ""
     row = harness.new_row(
-        {"op": case.op, "use": case.use, "tokens": letters["T"], "hidden": hidden, "dtype": dtype_name}
+        {"op": case.op, "use": case.use + heads, "tokens": letters["T"], "hidden": hidden, "dtype": dtype_name}
     )
     with harness.reported(row):
         calls = providers(case, device, settings.compile, row["refused"])

@@ -26,7 +26,8 @@ from petune_kernels.ops.residual_norm import residual_norm
 
 Tensors = Mapping[str, Tensor]
 Drop = Callable[[Tensor], Tensor]
-EPS, RANK, HEAD = 1e-5, 8, 64
+EPS, RANK = 1e-5, 8
+HEADS = {64: 1, 384: 12, 768: 12, 1024: 16, 4096: 32}  # by hidden size, of the models of op_runs.WIDTHS
 WIDER = 16  # the least rank of a 16-bit tl.dot, which LoRAFusion gives its factors to unpadded
 
 
@@ -208,7 +209,7 @@ def _our_lora(t: Tensors, p: float, seed: Tensor | None) -> Any:
 
 
 def _attention(t: Tensors, drop: Drop) -> Tensor:
-    return drop(torch.softmax(t["q"] @ t["k"].mT * HEAD**-0.5, -1)) @ t["v"]
+    return drop(torch.softmax(t["q"] @ t["k"].mT * t["q"].shape[-1] ** -0.5, -1)) @ t["v"]
 
 
 def _packed(t: Tensors, drop: Drop) -> tuple[Tensor, ...]:
@@ -267,9 +268,9 @@ CASES = (
     OpCase("dropout", "p=0.1", {"x": "T H"}, (), lambda t, drop: drop(t["x"]),
            lambda t, p, seed: dropout(t["x"], p, seed=seed) if p else t["x"] * 1, "4*T*H*s", "2*T*H*s",
            p=0.1),
-    # of attention's seven products five are backward's, which computes the scores again
+    # of attention's seven products five are backward's, which computes the scores again and needs no o
     *(OpCase("attention", f"p={p}", _HEADS, (), _attention,
-             lambda t, p, seed: attention(t["q"], t["k"], t["v"], p=p, seed=seed), "12*T*H*s", "8*T*H*s",
+             lambda t, p, seed: attention(t["q"], t["k"], t["v"], p=p, seed=seed), "11*T*H*s", "7*T*H*s",
              "14*T*S*H", "10*T*S*H", p=p,
              eager=lambda t, p: F.scaled_dot_product_attention(t["q"], t["k"], t["v"], dropout_p=p))
       for p in (0.0, 0.1)),
@@ -286,7 +287,7 @@ def sizes(batch: int, length: int, hidden: int, dtype: torch.dtype) -> dict[str,
     """The letters: T tokens of B sequences of S, N = 4 H, r and R ranks, h heads of D, s bytes an element."""
     return {
         "B": batch, "S": length, "T": batch * length, "H": hidden, "N": 4 * hidden, "r": RANK, "R": WIDER,
-        "h": hidden // HEAD, "D": HEAD, "s": dtype.itemsize,
+        "h": HEADS[hidden], "D": hidden // HEADS[hidden], "s": dtype.itemsize,
     }  # fmt: skip
 
 

@@ -131,6 +131,17 @@ def test_what_cannot_be_captured_is_named_and_the_others_are_timed(monkeypatch: 
     assert "no CUDA graph: NotImplementedError: not in a graph" in text([row])
 
 
+@pytest.mark.parametrize(("width", "heads"), [("minilm", (12, 32)), ("bert-large", (16, 64)), ("llama", (32, 128))])
+def test_attention_has_the_heads_of_its_model_and_moves_no_output_twice(width: str, heads: tuple[int, int]) -> None:
+    case = next(case for case in ops.CASES if case.op == "attention")
+    letters = ops.sizes(2, 8, op_runs.WIDTHS[width], torch.float32)
+    assert (letters["h"], letters["D"]) == heads and set(op_runs.WIDTHS.values()) == set(ops.HEADS)
+    one = 16 * op_runs.WIDTHS[width] * 4  # q, k, v and o; then those without o, d_o, and three gradients
+    assert ops.evaluate(case.bytes, letters) == 11 * one and ops.evaluate(case.back_bytes, letters) == 7 * one
+    row = op_runs.measure_op(case, 64, "float32", TINY, CEILING)
+    assert row["case"]["use"] == "p=0.0 2 x 1 x 8 x 64"
+
+
 @pytest.mark.parametrize("at", range(2, 6))
 def test_a_provider_that_breaks_costs_no_other_its_times(at: int) -> None:
     """At its second call, the first after the gate's, and later; once turns are timed, nobody's are whole."""
