@@ -55,7 +55,7 @@ class Settings:
 
 
 def ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
-    """Bytes per second of a copy (read and written) and flops per second of a square matmul; medians."""
+    """Bytes per second of a copy (read and written) and flops per second of a square matmul; medians of three."""
     count, calls = CEILING_BYTES[device.type] // dtype.itemsize, CEILING_CALLS[device.type]
     source = torch.ones(count, dtype=dtype, device=device)
     target, n = torch.empty_like(source), CEILING_WIDTH[device.type]
@@ -69,8 +69,8 @@ def ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
         return run
 
     runs = {"copy": repeated(lambda: target.copy_(source)), "matmul": repeated(lambda: a @ b)}
-    measure.interleave(runs, 2, device)
-    seconds = {name: statistics.median(values) / calls for name, values in measure.interleave(runs, 7, device).items()}
+    measure.interleave(runs, 1, device)
+    seconds = {name: statistics.median(values) / calls for name, values in measure.interleave(runs, 3, device).items()}
     return {
         "copy_bytes_per_second": 2 * count * dtype.itemsize / seconds["copy"],
         "matmul_flops_per_second": 2 * n**3 / seconds["matmul"],
@@ -92,11 +92,23 @@ def run_ops(settings: Settings, files: Files, console: Console, benchmark: str =
         for case in chosen
         if case.comes_in(train.DTYPES[d])
     ]
-    result.data["ceilings"] = {name: ceilings(device, train.DTYPES[name]) for name in settings.dtypes}
+    best: dict[str, dict[str, float]] = {name: {} for name in settings.dtypes}
+    result.data["ceilings"] = best
+
+    def look(dtype: str) -> None:
+        """Before and after each case: a busy moment lowers no ceiling, and a higher one is every row's."""
+        for name, rate in ceilings(device, train.DTYPES[dtype]).items():
+            best[dtype][name] = max(rate, best[dtype].get(name, 0.0))
+        for row in result.data["rows"]:
+            if row["case"]["dtype"] == dtype:
+                set_against(row, best[dtype])
+
     with harness.progress(console, len(todo)) as begin:
         for width, dtype, case in todo:
             begin(f"{case.op} {case.use} {width} {dtype}")
-            result.add(measure_op(case, WIDTHS[width], dtype, settings, result.data["ceilings"][dtype]))
+            look(dtype)
+            result.add(measure_op(case, WIDTHS[width], dtype, settings, best[dtype]))
+            look(dtype)
             torch.compiler.reset()
     result.finish(console)
     return result.data
@@ -129,11 +141,13 @@ def measure_op(
 
         turns = harness.attempt(calls, row["refused"], ready)
         time_turns(turns, row, settings, repeats * count)
-        seconds = row.get("graph", row)["seconds"] or row["seconds"]
-        row |= shares(case.bytes, case.flops, letters, seconds, ceiling)
-        if "graph" in row and case.back_bytes:
-            found = graph_times(turns, Turn.recorded_backward, settings, count)
-            row["backward"] = found | shares(case.back_bytes, case.back_flops, letters, found["seconds"], ceiling)
+        amounts(row, case.bytes, case.flops, letters)
+        if "graph" in row:
+            amounts(row["graph"], case.bytes, case.flops, letters)
+            if case.back_bytes:
+                row["backward"] = graph_times(turns, Turn.recorded_backward, settings, count)
+                amounts(row["backward"], case.back_bytes, case.back_flops, letters)
+        set_against(row, ceiling)
     return row
 
 
@@ -258,20 +272,30 @@ def graph_times(
     return harness.turns(graphs, settings.rounds, device, warm=1, calls=calls) | {"refused": refused}
 
 
-def shares(
-    moved: str, flops: str, letters: Mapping[str, int], seconds: Mapping[str, Any], ceiling: Mapping[str, float]
-) -> dict[str, Any]:
+def amounts(part: harness.Row, moved: str, flops: str, letters: Mapping[str, int]) -> None:
+    """What the times of a row, or of a part of it, are for: bytes and flops of one call."""
+    part["formula"] = {"bytes": moved, "flops": flops}
+    part["amount"] = {name: ops.evaluate(formula, letters) for name, formula in part["formula"].items()}
+
+
+def set_against(row: harness.Row, ceiling: Mapping[str, float]) -> None:
+    """Rates and shares of these ceilings into the row and its parts, each of its own times."""
+    for part in (row, row.get("graph", {}), row.get("backward", {})):
+        if "amount" in part:
+            part |= shares(part, ceiling)
+
+
+def shares(part: Mapping[str, Any], ceiling: Mapping[str, float]) -> dict[str, Any]:
     """Rates and the share of the floor: the larger of bytes over the copy's rate and flops over the matmul's."""
-    amount, work = ops.evaluate(moved, letters), ops.evaluate(flops, letters)
+    amount, work = part["amount"]["bytes"], part["amount"]["flops"]
     by_bytes, by_flops = amount / ceiling["copy_bytes_per_second"], work / ceiling["matmul_flops_per_second"]
     floor = max(by_bytes, by_flops)
-    medians = {name: spread["median"] for name, spread in seconds.items() if name != MATMULS}
+    medians = {name: spread["median"] for name, spread in part["seconds"].items() if name != MATMULS}
 
     def rate(second: float) -> str:
         return f"{work / second / 1e12:.3g} TFLOP/s" if by_flops > by_bytes else f"{amount / second / 1e9:.3g} GB/s"
 
     return {
-        "formula": {"bytes": moved, "flops": flops},
         "floor_seconds": floor,
         "share_of_floor": {name: floor / second for name, second in medians.items()},
         "share_of_copy": {name: by_bytes / second for name, second in medians.items()},

@@ -68,11 +68,17 @@ def test_the_gate_of_dropout_knows_the_mask_of_a_seed() -> None:
 
 def test_shares_of_the_floor_by_hand() -> None:
     letters, seconds = ops.sizes(10, 10, 64, torch.float32), {"petune": {"median": 1e-3}, harness.MATMULS: None}
-    found = op_runs.shares(NORM.bytes, NORM.flops, letters, seconds, CEILING)
+
+    def shares(moved: str, flops: str) -> dict:
+        row = {"seconds": seconds}
+        op_runs.amounts(row, moved, flops, letters)
+        return op_runs.shares(row, CEILING)
+
+    found = shares(NORM.bytes, NORM.flops)
     assert found["floor_seconds"] == pytest.approx(5 * 100 * 64 * 4 / 1e9)
     assert found["share_of_floor"] == found["share_of_copy"] == {"petune": pytest.approx(0.128)}
     assert found["rate"] == {"petune": "0.128 GB/s"}
-    found = op_runs.shares(NORM.bytes, "1000*T*H*s", letters, seconds, CEILING)
+    found = shares(NORM.bytes, "1000*T*H*s")
     assert found["share_of_floor"]["petune"] == pytest.approx(2.56) and found["rate"]["petune"] == "0.0256 TFLOP/s"
     assert found["share_of_copy"]["petune"] == pytest.approx(0.128)
 

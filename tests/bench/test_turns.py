@@ -103,7 +103,10 @@ def test_a_row_of_a_gpu_has_graphs_and_backward_alone(monkeypatch: pytest.Monkey
     for part in (row, row["graph"], row["backward"]):
         assert set(part["seconds"]) == {EAGER, OURS, MATMULS} and set(part["over_matmuls"]) == {EAGER, OURS}
         assert set(part["petune_over"]) == {EAGER} and part["best_peer"] == EAGER
-    assert row["backward"]["formula"]["bytes"] == LORA.back_bytes and set(row["share_of_floor"]) == {EAGER, OURS}
+        assert set(part["share_of_floor"]) == {EAGER, OURS}
+        share = part["floor_seconds"] / part["seconds"][OURS]["median"]
+        assert part["share_of_floor"][OURS] == pytest.approx(share)  # of the very time it stands beside
+    assert row["backward"]["formula"]["bytes"] == LORA.back_bytes
     shown = text([row])
     assert "CUDA graph " in shown and "backward alone " in shown and " x the frozen matmuls alone" in shown
     norm = op_runs.measure_op(NORM, 64, "float32", TINY, CEILING)
@@ -177,6 +180,18 @@ def test_without_eager_a_case_has_no_times_and_the_next_one_has(tmp_path: Path, 
     assert (
         found["backends"]["ops"]["residual_norm"] in ("cpu", "reference") and "cuda" in found["backends"]["libraries"]
     )
+
+
+def test_a_busy_moment_lowers_no_ceiling(tmp_path: Path, monkeypatch) -> None:
+    rates = iter([1.0, 3.0, 2.0, 2.0])  # before and after each of two cases
+    monkeypatch.setattr(ops, "CASES", (NORM, DROPOUT))
+    monkeypatch.setattr(op_runs, "ceilings", lambda *_: {name: next(rates) * 1e9 for name in list(CEILING)[:1]} | {
+        "matmul_flops_per_second": 1e10})  # fmt: skip
+    found = op_runs.run_ops(TINY, Files.new(tmp_path, "ops"), QUIET)
+    assert found["ceilings"]["float32"]["copy_bytes_per_second"] == 3e9
+    for row in found["rows"]:
+        assert row["floor_seconds"] == pytest.approx(row["amount"]["bytes"] / 3e9)
+    assert json.loads(next(tmp_path.glob("*.json")).read_text()) == json.loads(json.dumps(found))
 
 
 def test_ctrl_c_stops_a_case() -> None:
