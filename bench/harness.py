@@ -237,10 +237,24 @@ def title(case: Mapping[str, Any]) -> str:
     return " ".join(str(value) for value in case.values())
 
 
+def notes(result: Mapping[str, Any]) -> list[str]:
+    """What a reader of the result's shares and ratios must know."""
+    found, rows = [], result["rows"]
+    if any("share_of_floor" in row for row in rows):
+        found.append(
+            "Only backward alone has a cold floor: elsewhere backward may find in cache what forward has read."
+        )
+    if any(" bias" in row["case"].get("use", "") for row in rows):
+        found.append("Eager adds a bias in a pass of its own, which a stock model's linear does as it writes.")
+    return found
+
+
 def table(result: Mapping[str, Any]) -> RenderableType:
     """One line for each case and provider: median and quartiles, speed-up over eager, share of the floor."""
     shown = Table(
-        title=f"{result['benchmark']} on {result['machine']['device']}, {result['machine']['threads']} threads"
+        title=f"{result['benchmark']} on {result['machine']['device']}, {result['machine']['threads']} threads",
+        caption="\n".join(notes(result)),
+        caption_justify="left",
     )
     for name in ("case", "provider", "median", "quartiles", "x eager", "quartiles", "also"):
         shown.add_column(name, justify="left" if name in ("case", "provider", "also") else "right")
@@ -299,14 +313,18 @@ def _share(found: Mapping[str, Any], provider: str) -> str:
 
 
 def lines(row: Row) -> list[dict[str, Any]]:
-    """The row as flat lines, one for each provider that has a time."""
+    """The row as flat lines, one for each provider that has a time; a share is that of the floor."""
     found = []
     for provider, spread in row["seconds"].items():
         ratio = row["speedup"].get(provider, {"median": None, "low": None, "high": None})
-        found.append(
-            {"provider": provider, **spread}
-            | {"speedup": ratio["median"], "speedup_low": ratio["low"], "speedup_high": ratio["high"]}
-        )
+        line = {"provider": provider, **spread, "speedup": ratio["median"], "speedup_low": ratio["low"],
+                "speedup_high": ratio["high"]}  # fmt: skip
+        for place, part in (("", row), ("graph_", row.get("graph")), ("backward_", row.get("backward"))):
+            if part and place and provider in part["seconds"]:
+                line[f"{place}median"] = part["seconds"][provider]["median"]
+            if part and provider in part.get("rate", {}):
+                line |= {f"{place}rate": part["rate"][provider], f"{place}share": part["share_of_floor"][provider]}
+        found.append(line)
     return found
 
 

@@ -39,7 +39,8 @@ class OpCase:
         shapes: of each input, in the letters of `sizes`.
         frozen: the inputs that get no gradient.
         wide: the inputs that are float32 beside 16-bit ones; such a case is timed in 16 bits only.
-        expression: the op in PyTorch, from inputs and dropout.
+        expression: the op in PyTorch, from inputs and dropout. Where it adds a bias, that is a pass which a stock model
+            does not make: there the linear before adds it, and a patched model's does not.
         ours: the same from inputs, p and a seed (None: the op draws its own).
         peers: for each peer, what imports it and returns its call; it computes the same with dropout off.
         bytes, flops: formulas of forward plus backward in the letters above and s, the bytes of an element. The bytes

@@ -16,7 +16,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # run as a file, too
-from bench import memory  # noqa: E402
+from bench import harness, memory  # noqa: E402
 from petune_kernels.studies import layouts, store  # noqa: E402
 from petune_kernels.studies.study import read  # noqa: E402
 
@@ -102,6 +102,8 @@ def _bench_table(result: dict[str, Any]) -> list[str]:
     more: dict[str, Callable[[dict[str, Any]], str]] = {}
     if any("graph" in row for row in rows):
         more["petune, CUDA graph"] = lambda row: _ms(row.get("graph", {}).get("seconds", {}).get("petune"))
+    if any("share_of_floor" in row.get("graph", {}) for row in rows):
+        more["petune, CUDA graph, share of floor"] = lambda row: _share(row.get("graph", {}))
     if any("share_of_floor" in row for row in rows):
         more["petune, share of floor"] = lambda row: _share(row)
     if any("backward" in row for row in rows):
@@ -115,6 +117,7 @@ def _bench_table(result: dict[str, Any]) -> list[str]:
     lines = [
         f"`{result['command']}`, {machine['device']}, {machine['threads']} threads, torch "
         f"{machine['versions']['torch']}; medians in ms, and a peer's time over petune's with its quartiles.{cut}",
+        *(f"  \n{note}" for note in harness.notes(result | {"rows": rows})),
         "",
         f"| {' | '.join(names)} |",
         f"|---|{'--:|' * (len(names) - 1)}",

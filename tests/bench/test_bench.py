@@ -260,14 +260,16 @@ def test_all_parts_of_a_gpu_file_are_shown(step: dict, tmp_path: Path, monkeypat
     (tmp_path / "bench" / "results").mkdir(parents=True)
     part = {name: value for name, value in step.items() if name != "folder"}
     share = {"share_of_floor": {"petune": 0.875}}
-    row = part["rows"][0] | share | {"backward": share, "graph": {"seconds": {"petune": {"median": 0.002}}}}
+    graph = {"seconds": {"petune": {"median": 0.002}}, "share_of_floor": {"petune": 0.95}}
+    row = part["rows"][0] | share | {"backward": share, "graph": graph}
     cut = part | {"rows": [row, harness.new_row({"n": 1})], "complete": False, "command": "python -m bench other"}
     (tmp_path / "bench" / "results" / "2026-01-01-gpu_02.json").write_text(json.dumps({"parts": [part, cut]}))
     monkeypatch.setattr(readme, "ROOT", tmp_path)
     shown = readme.render_bench()
     assert shown.count("| case | eager | petune |") == 2 and shown.count("Cut short by its time limit.") == 1
-    assert "| petune, CUDA graph | petune, share of floor | petune, backward alone, share |" in shown
-    assert shown.count("| 2 | 88 % | 88 % |") == 1
+    titles = ("CUDA graph", "CUDA graph, share of floor", "share of floor", "backward alone, share")
+    assert f"| {' | '.join(f'petune, {title}' for title in titles)} |" in shown
+    assert shown.count("| 2 | 95 % | 88 % | 88 % |") == 1 and shown.count("Only backward alone has a cold floor") == 1
 
 
 def test_steps_inside_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -66,6 +66,12 @@ def test_the_reason_of_a_broken_capture_names_what_broke_it() -> None:
     assert found == "RuntimeError: CUDA error: a previous error during capture (after ValueError: a copy to the host)"
 
 
+def test_a_row_in_which_eager_adds_a_bias_says_so(text) -> None:
+    rows = [harness.new_row({"op": "a", "use": use}) for use in ("bias gradient", "p=0.1")]
+    assert harness.notes({"rows": rows}) == []
+    assert "Eager adds a bias in a pass of its own" in text([*rows, harness.new_row({"op": "a", "use": "gelu bias"})])
+
+
 def test_eager_and_the_floor_are_not_judged() -> None:
     given, refused = {harness.EAGER: 1, harness.MATMULS: 2, harness.OURS: 3, "a": 4, "b": 5}, {}
 

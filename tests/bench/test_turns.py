@@ -107,7 +107,11 @@ def test_a_row_of_a_gpu_has_graphs_and_backward_alone(monkeypatch: pytest.Monkey
         share = part["floor_seconds"] / part["seconds"][OURS]["median"]
         assert part["share_of_floor"][OURS] == pytest.approx(share)  # of the very time it stands beside
     assert row["backward"]["formula"]["bytes"] == LORA.back_bytes
+    (line,) = (line for line in harness.lines(row) if line["provider"] == OURS)
+    assert line["share"] == row["share_of_floor"][OURS] and line["graph_rate"].endswith("/s")
+    assert line["backward_median"] == row["backward"]["seconds"][OURS]["median"]
     shown = text([row])
+    assert "Only backward alone has a cold floor" in shown and "adds a bias" not in shown
     assert "CUDA graph " in shown and "backward alone " in shown and " x the frozen matmuls alone" in shown
     norm = op_runs.measure_op(NORM, 64, "float32", TINY, CEILING)
     assert set(norm["backward"]["share_of_copy"]) == {EAGER, OURS} and "over_matmuls" not in norm
