@@ -183,7 +183,7 @@ class _Crossing(TorchDispatchMode):
 def test_no_host_memory_is_copied_in_a_stack(family: str) -> None:
     """On the meta device, which stands for a GPU. (Other stacks ask for values of their mask outside of a capture.)"""
     model, calls = models.build(family, dropout=False).train(), list[Any]()
-    layer = next(filter(memory._is_layer, model.modules()))
+    layer = next(filter(memory.is_layer, model.modules()))
     parents = {child: m for m in model.modules() for child in m.children()}
     stack = parents[parents[layer]]
     stack.register_forward_pre_hook(lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True)

@@ -29,6 +29,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import matmul  # noqa: F401  (registers the ops' matmul kernels)
@@ -345,9 +346,29 @@ def lora_linear(
 def project(x: Tensor, its: Sequence[Projection]) -> tuple[Tensor, ...]:
     """`lora_linear` of projections that share x, for who has them in this form."""
     if are_rows(x) and check.autocast_dtype(x) is None and all([usual(x, it) for it in its]):
+        if saving.decided(not torch.is_grad_enabled()) and all([_is_small(x, it) for it in its]):
+            return tuple([_by_torch(x, it) for it in its])
         return _run(x, its, [None] * len(its), 1, "auto")
     w, bias, a, b, bias_b, scale, p = map(list, zip(*its, strict=True))
     return lora_linear(x, w, bias, a, b, bias_b=bias_b, scale=scale, p=p)
+
+
+_OP_FROM = 1 << 24
+"""Multiplications from which the op pays where nothing is kept for backward: a model that generates has one row."""
+
+
+def _is_small(x: Tensor, it: Projection) -> bool:
+    """Whether torch's own ops are faster. A GPU waits for launches, of which the op has fewer; a compiler fuses."""
+    if not x.is_cpu or x.numel() * it.w.shape[0] >= _OP_FROM or it.p or torch.compiler.is_compiling():
+        return False
+    return it.a is None or it.a.dtype == x.dtype
+
+
+def _by_torch(x: Tensor, it: Projection) -> Tensor:
+    y = F.linear(x, it.w, it.bias)
+    if it.a is None or it.b is None:
+        return y
+    return y.add_(F.linear(F.linear(x, it.a), it.b, it.bias_b), alpha=it.scale)
 
 
 def _run(x: Tensor, its: Sequence[Projection], seeds: list[Tensor | None], G: int, path: str) -> tuple[Tensor, ...]:

@@ -80,7 +80,7 @@ def stacks(model: nn.Module, seen: Trace) -> dict[nn.Module, Call]:
     """The modules that call layers (of transformers' kind), outermost ones, and how they were called."""
     parents = {child: m for m in model.modules() for child in m.children()}
     found: dict[nn.Module, Call] = {}
-    for layer in filter(memory._is_layer, model.modules()):
+    for layer in filter(memory.is_layer, model.modules()):
         above = parents.get(layer)
         while above is not None and above not in seen.calls:
             above = parents.get(above)

@@ -45,7 +45,7 @@ def set_level(model: nn.Module, level: str, attending: Iterable[nn.Module], seen
     """
     ours = [m for m in model.modules() if pattern.bound(m) and not pattern.foreign_forward(m)]
     blocks = [m for m in ours if pattern.pattern_of(m) == mlp.PATTERN.name]
-    layers = [m for m in model.modules() if _is_layer(m) and not pattern.foreign_forward(m)]
+    layers = [m for m in model.modules() if is_layer(m) and not pattern.foreign_forward(m)]
     frames: dict[nn.Module, Callable[..., Any]] = {}
     if level == "recompute":
         frames = dict.fromkeys([*attending, *blocks], _part)
@@ -67,7 +67,7 @@ def set_level(model: nn.Module, level: str, attending: Iterable[nn.Module], seen
     return len(blocks if level == "coded" else layers if level == "checkpoint" else [*attending, *blocks])
 
 
-def _is_layer(module: nn.Module) -> bool:
+def is_layer(module: nn.Module) -> bool:
     layers = sys.modules.get("transformers.modeling_layers")
     return layers is not None and isinstance(module, layers.GradientCheckpointingLayer)
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from ..ops.residual_norm import residual_norm
+from . import memory as layers
 from . import norm, pattern
 from .pattern import Parts, Pattern
 from .trace import Call
@@ -121,6 +122,8 @@ def _forward(module: Any, parts: Parts, hidden_states: Tensor, *args: Any, **kwa
     if any(name not in parts["given"] for name in passed) or replaced or autocast:
         return type(module).forward(module, hidden_states, *args, **kwargs)
     if module.training and getattr(module, "gradient_checkpointing", False) and _class_checkpoints(module):
+        if torch.compiler.is_compiling() or not layers.is_layer(module):  # one that checkpoints in a way of its own
+            return type(module).forward(module, hidden_states, *args, **kwargs)
         return _checkpointed(module, parts, hidden_states, *args, **kwargs)
     return _fused(module, parts, hidden_states, passed)
 
@@ -137,19 +140,16 @@ def _class_checkpoints(module: nn.Module) -> bool:
 
 
 def _checkpointed(module: Any, parts: Parts, *args: Any, **kwargs: Any) -> Any:
-    """The class's forward, in which the fused one runs in the place of what it would run, now and again in backward."""
-    if torch.compiler.is_compiling():
-        return type(module).forward(module, *args, **kwargs)
+    """The class's forward, in which the fused one runs in the place of what it would run, now and again in backward.
+    Called with a twin, so that nothing of the layer's changes: other threads may run it, too."""
     checkpoint = module._gradient_checkpointing_func
 
     def exchanged(own: functools.partial[Any], x: Tensor, *rest: Any) -> Any:
         return checkpoint(lambda x, *rest: _fused(module, parts, x, _passed(parts, rest, own.keywords)), x, *rest)
 
-    module._gradient_checkpointing_func = exchanged
-    try:
-        return type(module).forward(module, *args, **kwargs)
-    finally:
-        module._gradient_checkpointing_func = checkpoint
+    twin = object.__new__(type(module))
+    twin.__dict__ = dict(module.__dict__, _gradient_checkpointing_func=exchanged)
+    return type(module).forward(twin, *args, **kwargs)
 
 
 def _fused(module: Any, parts: Parts, hidden_states: Tensor, passed: dict[str, Any]) -> Tensor:

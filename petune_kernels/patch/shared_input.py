@@ -44,14 +44,22 @@ class Pending:
 
 
 class Group:
-    """The projections in the order of their calls, and what the first of them has left for the others."""
+    """The projections in the order of their calls, the layer that they are in, and what the first of them has left for
+    the others."""
 
-    def __init__(self, modules: tuple[nn.Module, ...]):
-        self.modules = modules
+    def __init__(self, modules: tuple[nn.Module, ...], layer: nn.Module | None = None):
+        self.modules, self.layer = modules, layer
         self.pending: Pending | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"modules": self.modules, "pending": None}
+        return {"modules": self.modules, "layer": self.layer, "pending": None}
+
+    def leaves(self, x: Tensor) -> bool:
+        """Whether something may be left: not where x would not say that somebody changed it, nor in a layer that
+        torch.compile checkpoints, in which nothing may be written down."""
+        if torch.compiler.is_compiling():
+            return not (self.layer is not None and self.layer.gradient_checkpointing and self.layer.training)
+        return not x.is_inference()
 
 
 def is_projection(module: nn.Module) -> bool:
@@ -109,7 +117,7 @@ def _forward(module: nn.Module, group: Group, *args: Any, **kwargs: Any) -> Any:
             group.pending = None
         if fresh:
             return y
-    alone = module is not group.modules[0] or _untold(x)
+    alone = module is not group.modules[0] or not group.leaves(x)
     members = (module,) if alone else group.modules
     found: list[tuple[nn.Module, Projection]] = []
     own, gains = None, False
@@ -130,11 +138,6 @@ def _forward(module: nn.Module, group: Group, *args: Any, **kwargs: Any) -> Any:
     y = left.pop(module)
     group.pending = Pending(x, left, found) if left else None
     return y
-
-
-def _untold(x: Tensor) -> bool:
-    """Whether x would not say that somebody changed it."""
-    return not torch.compiler.is_compiling() and x.is_inference()
 
 
 def _gains(it: Projection, x: Tensor) -> bool:

@@ -41,7 +41,7 @@ class Watch:
         self._own = [m.__dict__ for m in self._called]
         self._numbers = [(d, name) for d in owned for name, value in d.items() if type(value) is float]
         self._adapters = [d for d in owned if "merged_adapters" in d]
-        self._layers = [m for m in modules if memory._is_layer(m)]
+        self._layers = [m for m in modules if memory.is_layer(m)]
         configs: dict[int, Any] = {
             id(c): c for d in owned if hasattr(c := d.get("config"), "_attn_implementation_internal")
         }

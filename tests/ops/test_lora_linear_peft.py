@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import peft
@@ -11,9 +12,11 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from petune_kernels import matmul, meta, reference
-from petune_kernels.ops.lora_linear import lora_linear
+from petune_kernels.ops.lora_linear import Projection, lora_linear, project
 
 from .test_lora_linear import DTYPES, error
+
+lora_module: Any = importlib.import_module("petune_kernels.ops.lora_linear")
 
 
 def peft_layer(K, N, r, p, dtype, adapter, lora_bias):
@@ -135,3 +138,27 @@ def test_no_more_launches_than_peft(dtypes, p):
         matmul.lora_linear_backward([torch.empty_like(y)], x.detach(), *rest, *wants)
     drawn = 1 if p else 0  # the seed
     assert 8 < ours.count + drawn <= theirs.count
+
+
+@pytest.mark.parametrize("lora_bias", (False, True))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
+def test_a_row_of_a_model_that_generates_takes_torchs_ops(
+    dtype: torch.dtype, lora_bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what they give is the op's; with gradients, dropout or many rows it is the op."""
+    layer = peft_layer(24, 40, 3, 0.0, dtype, dtype, lora_bias)
+    one, x = Projection(**of_peft(layer)), torch.randn(1, 2, 24, dtype=dtype)
+    with torch.no_grad():
+        op, theirs = lora_linear(x, **of_peft(layer)), layer(x)
+    calls: list[int] = []
+    run = lora_module._run
+    monkeypatch.setattr(lora_module, "_run", lambda x, *args: calls.append(x.numel()) or run(x, *args))
+    with torch.no_grad():
+        (ours,) = project(x, [one])
+        assert not calls
+        project(x, [one._replace(p=0.5)])
+        project(x.expand(20_000, 2, 24).contiguous(), [one])
+    project(x, [one])
+    assert calls == [48, 48 * 20_000, 48]
+    for other in (op, theirs):
+        torch.testing.assert_close(ours, other, rtol=4 * torch.finfo(dtype).eps, atol=8 * torch.finfo(dtype).eps)
