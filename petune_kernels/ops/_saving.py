@@ -19,6 +19,7 @@ import contextlib
 import functools
 import itertools
 import threading
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -64,6 +65,51 @@ class Recipe:
 
 
 Item = Tensor | Recipe | None
+
+
+class _Made:
+    """A tensor's recipe, with the tensor's version and what stands for the hooks under which it was made."""
+
+    __slots__ = ("recipe", "version", "hooks", "__weakref__")
+
+    def __init__(self, recipe: Recipe, version: int, hooks: object) -> None:
+        self.recipe: Recipe | None = recipe
+        self.version, self.hooks = version, hooks
+
+    def __reduce__(self) -> Any:
+        return set, ()  # as a Recipe
+
+
+class _Under(threading.local):
+    """The hooks on saved tensors that are in force. A recipe serves under those alone under which it was made, and is
+    forgotten when others follow them: torch's checkpoint is such hooks. A row from outside comes back in backward as
+    another tensor, which knows no recipe; and what is made within is not kept, unless by the recipe of a result."""
+
+    def __init__(self) -> None:
+        self.hooks: Callable[[], object] = lambda: None
+        self.token: object = None
+        self.made: weakref.WeakSet[_Made] = weakref.WeakSet()
+
+    def now(self) -> object:
+        """What stands for them; None without any."""
+        top = torch._C._autograd._top_saved_tensors_default_hooks(True)
+        pack = None if top is None else top[0]
+        if pack is not self.hooks() or (pack is None and self.token is not None):  # or they are gone
+            for made in list(self.made):
+                made.recipe = None
+            self.made = weakref.WeakSet()
+            self.hooks, self.token = (lambda: None, None) if pack is None else (_weak(pack), object())
+        return self.token
+
+
+def _weak(hook: Any) -> Callable[[], object]:
+    try:
+        return weakref.ref(hook)
+    except TypeError:  # a callable of somebody's own
+        return lambda: hook
+
+
+_under = _Under()
 
 
 class Slot(Recipe):
@@ -136,7 +182,9 @@ def describe(t: Tensor, recipe: Recipe) -> None:
     """Says how t, just made, can be made again. Forgotten as soon as t is changed in place; what goes past autograd's
     version counter (t.data, t.numpy()) is not seen."""
     if not torch.compiler.is_compiling():
-        _owner(t).__dict__[_RECIPE] = (recipe, t._version)
+        made = _owner(t).__dict__[_RECIPE] = _Made(recipe, t._version, _under.now())
+        if made.hooks is not None:
+            _under.made.add(made)
 
 
 def small(t: Tensor | None) -> Tensor | None:
@@ -151,8 +199,11 @@ def known(t: Tensor) -> Item:
     if torch.compiler.is_compiling():
         return t
     owner = _owner(t)
-    recipe, version = owner.__dict__.get(_RECIPE, (None, 0))
-    if not isinstance(recipe, Recipe) or version != owner._version:
+    made = owner.__dict__.get(_RECIPE)
+    if not isinstance(made, _Made) or made.version != owner._version or made.hooks is not _under.now():
+        return t
+    recipe = made.recipe
+    if recipe is None:
         return t
     if owner is t:
         return recipe
@@ -233,20 +284,23 @@ class Frame:
 
     def __init__(self, call: Callable[..., Any], args: Any, kwargs: Mapping[str, Any], whole: bool) -> None:
         flat, spec = pytree.tree_flatten((args, dict(kwargs)))
-        tensors = [i for i, value in enumerate(flat) if isinstance(value, Tensor)]
+        tensors = {i: id(value) for i, value in enumerate(flat) if isinstance(value, Tensor)}
+        distinct = {id(value): value for value in flat if isinstance(value, Tensor)}  # one that is given twice is one
+        order = {key: n for n, key in enumerate(distinct)}
+        places = [(i, order[key]) for i, key in tensors.items()]
         others = [None if isinstance(value, Tensor) else value for value in flat]
 
         def arguments(*made: Tensor) -> Any:
             values = list(others)
-            for i, t in zip(tensors, made, strict=True):
-                values[i] = t
+            for i, n in places:
+                values[i] = made[n]
             return pytree.tree_unflatten(values, spec)
 
         self.call, self.whole = call, whole
-        self.inputs = Recipe(arguments, *(_kept_elsewhere(flat[i]) for i in tensors))
-        self.device = flat[tensors[0]].device
+        self.inputs = Recipe(arguments, *map(_kept_elsewhere, distinct.values()))
+        self.device = next(iter(distinct.values())).device
         self.state = _seeds.state(self.device)
-        self.autocast = [
+        self.autocast: list[dict[str, Any]] = [
             dict(device_type=kind, enabled=torch.is_autocast_enabled(kind), dtype=torch.get_autocast_dtype(kind))
             for kind in dict.fromkeys(("cpu", self.device.type))
             if kind != "meta"

@@ -11,6 +11,7 @@ One op for all: one read of x for every rank-r product, dx accumulated by the ma
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import torch
@@ -45,14 +46,30 @@ class Pending:
 
 class Group:
     """The projections in the order of their calls, the layer that they are in, and what the first of them has left for
-    the others."""
+    the others: of one thread, since another may run the same model meanwhile, and what is run again in backward must
+    find what forward found."""
 
     def __init__(self, modules: tuple[nn.Module, ...], layer: nn.Module | None = None):
         self.modules, self.layer = modules, layer
-        self.pending: Pending | None = None
+        self._compiled: Pending | None = None
+        self._threads = threading.local()
+
+    @property
+    def pending(self) -> Pending | None:
+        return self._compiled if torch.compiler.is_compiling() else getattr(self._threads, "pending", None)
+
+    @pending.setter
+    def pending(self, pending: Pending | None) -> None:
+        if torch.compiler.is_compiling():
+            self._compiled = pending
+        else:
+            self._threads.pending = pending
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"modules": self.modules, "layer": self.layer, "pending": None}
+        return {"modules": self.modules, "layer": self.layer}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
 
     def leaves(self, x: Tensor) -> bool:
         """Whether something may be left: not where x would not say that somebody changed it, nor in a layer that

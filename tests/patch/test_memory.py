@@ -320,4 +320,5 @@ def test_checkpoint_of_one_part() -> None:
     layer.forward = lambda *a, **k: checkpoint(lambda *b: inner(layer, *b, **k), *a, use_reentrant=False)
     again = at(model, None, data)
     del layer.forward
-    assert all(torch.equal(g, again.grads[n]) for n, g in plain.grads.items())
+    for n, g in plain.grads.items():  # a checkpoint keeps the layer's input, a frame makes it again from a norm's row
+        torch.testing.assert_close(g, again.grads[n], rtol=1e-10, atol=1e-12)

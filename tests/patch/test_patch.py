@@ -133,6 +133,9 @@ def test_copies_carry_their_own_binding() -> None:
             twin.bert.encoder.layer[0].output.LayerNorm.weight.zero_()
         assert not torch.allclose(twin(**data).logits, own)
         torch.testing.assert_close(model(**data).logits, own, rtol=1e-5, atol=1e-5)
+        layer = twin.bert.encoder.layer[0]
+        one, other = (m.__dict__["forward"].args[1] for m in (layer.attention.self.query, layer.attention.self.key))
+        assert one is other and one.layer is layer and one.modules[0] is layer.attention.self.query
         pk.unpatch(twin)
         assert "forward" not in twin.bert.embeddings.LayerNorm.__dict__
         assert "forward" in model.bert.embeddings.LayerNorm.__dict__

@@ -292,29 +292,6 @@ def test_models_of_one_config_object() -> None:
     assert_same(step(second, inputs), own)
 
 
-def _saved_bytes(model: nn.Module, **inputs: Any) -> int:
-    kept = [0]
-
-    def pack(t: torch.Tensor) -> torch.Tensor:
-        kept[0] += t.numel() * t.element_size()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        model(**inputs)
-    return kept[0]
-
-
-@pytest.mark.parametrize("memory", ("exact", "checkpoint"))
-@pytest.mark.parametrize("family", ("llama", "gpt2", "vit", "bert"))
-def test_transformers_own_checkpointing_keeps_no_more_than_stock(family: str, memory: str) -> None:
-    model = build(family).train()
-    inputs = batch(family)
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    stock = _saved_bytes(model, **inputs)
-    pk.patch(model, memory=memory)
-    assert _saved_bytes(model, **inputs) <= 1.1 * stock
-
-
 def test_a_block_gets_its_input_by_the_name_that_the_layer_gives_it() -> None:
     model = build("llama").eval()
     inputs = batch("llama")
@@ -349,70 +326,3 @@ def test_forwards_replaced_inside_are_a_reason_and_no_crash() -> None:
         layer.forward = layer.forward  # as accelerate's hooks on every module do
     report = pk.patch(model)
     assert any("replaced on instances" in reason for reason in report.refused.values())
-
-
-def test_threads_share_a_checkpointed_model() -> None:
-    model = build("llama").train()
-    inputs = batch("llama")
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    pk.patch(model)
-    errors: list[Exception] = []
-    model.model.layers[0].mlp.register_forward_hook(lambda *_: barrier.wait(10))  # both inside the layer at once
-    barrier = threading.Barrier(2)
-
-    def run() -> None:
-        try:
-            model(**inputs)
-        except Exception as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=run) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not errors
-
-
-def test_a_layer_that_checkpoints_in_a_way_of_its_own_keeps_it() -> None:
-    model, data = quiet(build("llama")).train(), batch("llama") | {"use_cache": False}
-    kind = type(model.model.layers[0])
-
-    class Own(nn.Module):
-        gradient_checkpointing = False
-
-        def forward(self: Any, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-            h, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
-            z = hidden_states + h
-            y = self.post_attention_layernorm(z)
-            if self.gradient_checkpointing and self.training:
-                return z + self._gradient_checkpointing_func(self.mlp, y)
-            return z + self.mlp(y)
-
-    for layer in model.modules():
-        if type(layer) is kind:
-            layer.__class__ = Own
-    own = step(model, data)
-    assert "pre_norm" in {entry.pattern for entry in pk.patch(model).entries}
-    for layer in model.model.layers:
-        layer.gradient_checkpointing = True
-        layer._gradient_checkpointing_func = lambda f, *args: torch.utils.checkpoint.checkpoint(
-            f, *args, use_reentrant=False
-        )
-    assert worst(step(model, data), own)[0] < 1e-4
-
-
-@pytest.mark.parametrize("adapted", (False, True))
-def test_a_compiled_layer_that_is_checkpointed_is_one_graph(adapted: bool) -> None:
-    model = lora("llama", target_modules="all-linear") if adapted else quiet(build("llama")).train()
-    data = batch("llama")
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    for module in model.modules():  # PEFT's, which asks for gradients of the embeddings' output
-        module._forward_hooks.clear()
-    own = step(model, data)
-    pk.patch(model)
-    torch._dynamo.reset()
-    compiled = torch.compile(model, backend="eager", fullgraph=True)
-    out = compiled(**data, use_cache=False)
-    out.loss.backward()
-    assert (out.logits - own.logits).abs().max() < 1e-4
