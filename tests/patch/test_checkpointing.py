@@ -18,8 +18,6 @@ from .models import batch, build, step
 from .test_families import quiet, worst
 from .test_peft import lora
 
-FAMILIES = ("bert", "llama")
-
 
 def _saved_bytes(model: nn.Module, **inputs: Any) -> int:
     kept = [0]
