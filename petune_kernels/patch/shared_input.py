@@ -153,7 +153,8 @@ def _forward(module: nn.Module, group: Group, *args: Any, **kwargs: Any) -> Any:
         return linear.run(own.w, own.bias, x)
     left = dict(zip([member for member, _ in found], project(x, [it for _, it in found]), strict=True))
     y = left.pop(module)
-    group.pending = Pending(x, left, found) if left else None
+    if left or group.pending is not None:  # a compiler takes even None for a change
+        group.pending = Pending(x, left, found) if left else None
     return y
 
 
