@@ -66,5 +66,5 @@ part 40 "${BENCH[@]}" models --shape bert-base --batch 32 --length 512 --rounds 
     --regime layernorm --regime "lora-all p=0.1" "${COMMON[@]}"
 part 40 "${BENCH[@]}" layers --shape bert-base --batch 32 --length 512 --rounds 9 --compile \
     --regime layernorm "${COMMON[@]}"
-part 25 "${BENCH[@]}" overhead --device cuda --out "$PARTS"
+part 30 "${BENCH[@]}" overhead --device cuda --out "$PARTS"
 exit "$FAILED"
