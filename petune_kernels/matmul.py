@@ -33,6 +33,9 @@ take, for as many bytes. On a GPU a training step of small batches waits for its
 _BLOCK = 1 << 26
 """Elements widened to float32 at a time, 256 MiB: a block costs a dozen launches."""
 
+OP_FROM = {"cpu": 1 << 24, "cuda": 1 << 32}
+"""Multiplications from which one of our ops can be faster than torch's linears. CPU: below, its call costs more than
+its matmul gains (docs/decisions.md, "What a call costs"). CUDA, not measured: below, a step waits for its launches."""
 _ONEDNN_FROM = 1 << 23
 """Multiplications from which oneDNN is called by itself: 64 rows of 384 x 384 gain by it, of 64 x 64 they lose."""
 _ONEDNN = (

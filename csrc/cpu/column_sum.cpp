@@ -30,8 +30,7 @@ void sum_rows(const X* x, int64_t rows, int64_t N, float* sums) {
   for (; t < rows; ++t) add_row(x + t * N, N, sums);
 }
 
-// Rows narrower than kNarrow, 16 in a line so that vectors are full whatever N is: the lines first, then the 16 of
-// them.
+// Rows narrower than kNarrow, 16 in a line so that vectors are full whatever N is: lines first, then their 16 rows.
 constexpr int64_t kLine = 16, kNarrow = 64;
 
 template <class X>

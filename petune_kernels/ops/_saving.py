@@ -60,9 +60,6 @@ class Recipe:
         """The tensor, from the leaves in their order."""
         return self.make(*(part.again(kept) if isinstance(part, Recipe) else next(kept) for part in self.parts))
 
-    def __reduce__(self) -> Any:
-        return set, ()  # a tensor that is pickled or copied forgets how it was made; weights-only loading knows a set
-
 
 Item = Tensor | Recipe | None
 
@@ -77,7 +74,7 @@ class _Made:
         self.version, self.hooks = version, hooks
 
     def __reduce__(self) -> Any:
-        return set, ()  # as a Recipe
+        return set, ()  # a tensor that is pickled or copied forgets how it was made; weights-only loading knows a set
 
 
 class _Under(threading.local):
@@ -284,10 +281,9 @@ class Frame:
 
     def __init__(self, call: Callable[..., Any], args: Any, kwargs: Mapping[str, Any], whole: bool) -> None:
         flat, spec = pytree.tree_flatten((args, dict(kwargs)))
-        tensors = {i: id(value) for i, value in enumerate(flat) if isinstance(value, Tensor)}
         distinct = {id(value): value for value in flat if isinstance(value, Tensor)}  # one that is given twice is one
         order = {key: n for n, key in enumerate(distinct)}
-        places = [(i, order[key]) for i, key in tensors.items()]
+        places = [(i, order[id(value)]) for i, value in enumerate(flat) if isinstance(value, Tensor)]
         others = [None if isinstance(value, Tensor) else value for value in flat]
 
         def arguments(*made: Tensor) -> Any:

@@ -33,9 +33,6 @@ def frozen_linear(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
     return packed_linear(x, (w,), (b,), op="frozen_linear")[0]
 
 
-_OP_FROM = {"cpu": 1 << 24, "cuda": 1 << 32}
-"""Multiplications from which the op can be faster. CPU: below, its call costs more than its matmul gains
-(docs/decisions.md, "What a call costs"). CUDA, not measured: below, a training step waits for its launches."""
 _ONEDNN_WEIGHTS = 1 << 17
 """Size of w from which oneDNN gains over MKL whatever the rows: 384 x 384 does, 128 x 128 loses."""
 
@@ -43,7 +40,7 @@ _ONEDNN_WEIGHTS = 1 << 17
 def faster(x: Tensor, w: Tensor, b: Tensor | None = None) -> bool:
     """Whether the op is faster than torch's linear while w is frozen; a compiler chooses for itself."""
     kind = meta.kind(x.device)
-    if torch.compiler.is_compiling() or x.numel() * w.shape[0] < _OP_FROM.get(kind, math.inf):
+    if torch.compiler.is_compiling() or x.numel() * w.shape[0] < matmul.OP_FROM.get(kind, math.inf):
         return False
     if kind == "cuda":
         return b is not None and b.requires_grad

@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import matmul  # noqa: F401  (registers the ops' matmul kernels)
+from .. import matmul  # registers the ops' matmul kernels, too
 from ..backends import pick
 from . import _checks as check
 from . import _saving as saving
@@ -353,13 +353,10 @@ def project(x: Tensor, its: Sequence[Projection]) -> tuple[Tensor, ...]:
     return lora_linear(x, w, bias, a, b, bias_b=bias_b, scale=scale, p=p)
 
 
-_OP_FROM = 1 << 24
-"""Multiplications from which the op pays where nothing is kept for backward: a model that generates has one row."""
-
-
 def _is_small(x: Tensor, it: Projection) -> bool:
-    """Whether torch's own ops are faster. A GPU waits for launches, of which the op has fewer; a compiler fuses."""
-    if not x.is_cpu or x.numel() * it.w.shape[0] >= _OP_FROM or it.p or torch.compiler.is_compiling():
+    """Whether torch's own ops are faster where nothing is kept for backward: a model that generates has one row. A GPU
+    waits for launches, of which the op has fewer; a compiler fuses."""
+    if not x.is_cpu or x.numel() * it.w.shape[0] >= matmul.OP_FROM["cpu"] or it.p or torch.compiler.is_compiling():
         return False
     return it.a is None or it.a.dtype == x.dtype
 

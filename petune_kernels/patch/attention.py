@@ -59,9 +59,7 @@ def verify(root: nn.Module, seen: Trace) -> tuple[str, list[nn.Module]]:
     """('', the modules whose attention it would run), or what differs. The model is as it was."""
     if root in seen.failed:
         return seen.failed[root], []
-    twins: dict[nn.Module, nn.Module] = {}
-    twin = pattern.bare(seen.ran[root], twins)
-    twin.__dict__.pop("forward", None)  # as in trace.observe
+    twin, twins = trace.twin_of(seen.ran[root])
     original = {copy: module for module, copy in twins.items()}
     called: list[nn.Module] = []
     configs = _named(root)
@@ -72,8 +70,7 @@ def verify(root: nn.Module, seen: Trace) -> tuple[str, list[nn.Module]]:
     except Exception as error:  # what the op does not compute, it says: soft caps, sinks
         return f"{type(error).__name__}: {error}", []
     finally:  # also where the names are ours, in a model that shares its config with this one
-        for config, name in configs:
-            config._attn_implementation_internal = name
+        _restore(configs)
     if any(module not in original for module in called):
         return "forwards were replaced on instances in it (by accelerate's hooks, say): patch it before that", []
     reason = "; ".join(filter(None, map(pattern.difference, seen.outputs[root], fused)))

@@ -119,11 +119,11 @@ def _forward(module: Any, parts: Parts, hidden_states: Tensor, *args: Any, **kwa
     passed, second = _passed(parts, args, kwargs), getattr(module, parts["second"])
     autocast = hidden_states.is_cuda and torch.is_autocast_enabled("cuda")  # float32 norms there: see norm.widened
     replaced = type(second) is not parts["kind"] or not pattern.undisturbed(second)
-    if any(name not in parts["given"] for name in passed) or replaced or autocast:
+    again = module.training and getattr(module, "gradient_checkpointing", False) and _class_checkpoints(module)
+    own_way = again and (torch.compiler.is_compiling() or not layers.is_layer(module))  # which is not transformers'
+    if any(name not in parts["given"] for name in passed) or replaced or autocast or own_way:
         return type(module).forward(module, hidden_states, *args, **kwargs)
-    if module.training and getattr(module, "gradient_checkpointing", False) and _class_checkpoints(module):
-        if torch.compiler.is_compiling() or not layers.is_layer(module):  # one that checkpoints in a way of its own
-            return type(module).forward(module, hidden_states, *args, **kwargs)
+    if again:
         return _checkpointed(module, parts, hidden_states, *args, **kwargs)
     return _fused(module, parts, hidden_states, passed)
 

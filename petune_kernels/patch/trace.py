@@ -65,9 +65,7 @@ def observe(model: nn.Module) -> Trace:
     for root in roots(model):
         reasons = []
         for module in dict.fromkeys(m for m in (root, root.base_model) if isinstance(m, nn.Module)):
-            twins: dict[nn.Module, nn.Module] = {}
-            twin = pattern.bare(module, twins)
-            twin.__dict__.pop("forward", None)  # somebody's around the whole model (accelerate's autocast) is not asked
+            twin, twins = twin_of(module)
             calls: dict[nn.Module, Call] = {}
             made: dict[nn.Module, Tensor] = {}
             for original, copy in twins.items():
@@ -84,6 +82,15 @@ def observe(model: nn.Module) -> Trace:
         else:
             trace.failed[root] = "; ".join(reasons)
     return trace
+
+
+def twin_of(module: nn.Module) -> tuple[nn.Module, dict[nn.Module, nn.Module]]:
+    """A bare twin of a whole model, and module -> twin for all in it. Somebody's forward around the model (accelerate's
+    autocast) is not asked."""
+    twins: dict[nn.Module, nn.Module] = {}
+    twin = pattern.bare(module, twins)
+    twin.__dict__.pop("forward", None)
+    return twin, twins
 
 
 def run(root: nn.Module) -> list[Tensor]:

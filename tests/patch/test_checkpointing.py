@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -12,23 +13,12 @@ import transformers
 from torch import nn
 
 import petune_kernels as pk
+from petune_kernels.studies.measure import saved_bytes_of_model
 
 from . import models
 from .models import batch, build, step
 from .test_families import quiet, worst
 from .test_peft import lora
-
-
-def _saved_bytes(model: nn.Module, **inputs: Any) -> int:
-    kept = [0]
-
-    def pack(t: torch.Tensor) -> torch.Tensor:
-        kept[0] += t.numel() * t.element_size()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        model(**inputs)
-    return kept[0]
 
 
 @pytest.mark.parametrize("memory", ("exact", "checkpoint"))
@@ -37,9 +27,9 @@ def test_transformers_own_checkpointing_keeps_no_more_than_stock(family: str, me
     model = build(family).train()
     inputs = batch(family)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    stock = _saved_bytes(model, **inputs)
+    stock = saved_bytes_of_model(model, inputs)
     pk.patch(model, memory=memory)
-    assert _saved_bytes(model, **inputs) <= 1.1 * stock
+    assert saved_bytes_of_model(model, inputs) <= 1.1 * stock
 
 
 def test_threads_share_a_checkpointed_model() -> None:
@@ -47,22 +37,10 @@ def test_threads_share_a_checkpointed_model() -> None:
     inputs = batch("llama")
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     pk.patch(model)
-    errors: list[Exception] = []
-    model.model.layers[0].mlp.register_forward_hook(lambda *_: barrier.wait(10))  # both inside the layer at once
     barrier = threading.Barrier(2)
-
-    def run() -> None:
-        try:
-            model(**inputs)
-        except Exception as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=run) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not errors
+    model.model.layers[0].mlp.register_forward_hook(lambda *_: barrier.wait(10))  # both inside the layer at once
+    with ThreadPoolExecutor(2) as threads:
+        assert len(list(threads.map(lambda _: model(**inputs), range(2)))) == 2  # or raises what a thread has raised
 
 
 def test_a_layer_that_checkpoints_in_a_way_of_its_own_keeps_it() -> None:
@@ -171,23 +149,18 @@ def test_threads_train_what_runs_again_in_backward(family: str, level: str, chec
     if checkpointed:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     pk.patch(model, memory=level)
-    failed: list[BaseException] = []
+    steps: list[int] = []
 
-    def work() -> None:
-        try:
-            for _ in range(10):
-                model(**data).loss.backward()
-        except BaseException as error:
-            failed.append(error)
+    def work(thread: int) -> None:
+        for _ in range(10):
+            model(**data).loss.backward()
+            steps.append(thread)
 
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-5)
     try:
-        threads = [threading.Thread(target=work) for _ in range(3)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        with ThreadPoolExecutor(3) as threads:
+            list(threads.map(work, range(3)))  # raises what a thread has raised
     finally:
         sys.setswitchinterval(interval)
-    assert not failed, failed[0]
+    assert sorted(steps) == [0] * 10 + [1] * 10 + [2] * 10

@@ -6,7 +6,7 @@ import copy
 import pickle
 import subprocess
 import sys
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -270,11 +270,8 @@ def test_threads_share_a_model() -> None:
                 if not torch.allclose(model(**batches[i]).logits, own[i], rtol=1e-4, atol=1e-5):
                     wrong.append(i)
 
-    threads = [threading.Thread(target=serve, args=(i,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(serve, range(4)))  # raises what a thread has raised
     assert not wrong
 
 
