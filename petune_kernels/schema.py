@@ -1,4 +1,4 @@
-"""Every op of the library: its schema and its fake (meta) implementation. Read this file first.
+"""Every op of the library: its schema, its fake (meta) implementation and its flops. Read this file first.
 
 Shapes: T rows (tokens), H width, N features, G replicas, B batch, h heads, S query and K key positions, D head width.
 Rows are [T, H]; in `residual_norm` and `bias_act` [..., H], and what is like them has their shape. Small parameters
@@ -14,6 +14,7 @@ triton/ through `backend`. Argument checks live in ops/, once for all of them.
 from __future__ import annotations
 
 import torch
+from torch.utils.flop_counter import register_flop_formula
 
 from . import reference
 
@@ -163,13 +164,60 @@ def _packed_linear_backward(dy, w):
     return dy.new_empty([dy.shape[0], w[0].shape[1]])
 
 
+# What torch.utils.flop_counter.FlopCounterMode counts: the products, as for torch's own ops, of shapes in place of
+# tensors. What backward computes again is counted there, as in torch's attention.
+
+
+def _attention_flops(q, k, v, *_, out_shape=None):
+    B, h, S, D = q
+    return 2 * B * h * S * k[2] * (D + v[3])  # q k^T, p v
+
+
+def _attention_backward_flops(do, q, k, v, *_, out_shape=None):
+    B, h, S, D = q
+    return 2 * B * h * S * k[2] * (3 * D + 2 * v[3])  # q k^T again, dq, dk; dp, dv
+
+
+def _lora_linear_flops(x, w, bias, a, b, bias_b, seed, p, scale, merged, out_shape=None):
+    T, K = x
+    total = 0
+    for (N, _), m in zip(w, a, strict=True):
+        total += 2 * T * K * N
+        if m is not None:
+            total += 2 * m[-2] * (N * K if merged else T * (K + N))
+    return total
+
+
+def _lora_linear_backward_flops(
+    dy, x, w, a, b, seed, p, scale, groups, want_dx, want_da, want_db, want_dsum, out_shape=None
+):
+    total = 0
+    for d, (N, K), m, da, db in zip(dy, w, a, want_da, want_db, strict=True):
+        if d is None:
+            continue
+        T, r = d[0], 0 if m is None else m[-2]
+        total += 2 * T * N * K * want_dx
+        total += 2 * T * r * (N * (want_dx or da) + K * want_dx + K * da + (K + N) * db)  # dy b, dx, da; x a^T, db
+    return total
+
+
+def _packed_linear_flops(x, w, bias, out_shape=None):
+    return sum(2 * x[0] * N * K for N, K in w)
+
+
+def _packed_linear_backward_flops(dy, w, out_shape=None):
+    return sum(2 * dy[0] * N * K for N, K in w)
+
+
 def _define() -> None:
-    fakes = globals()
+    here = globals()
     for name, schema in SCHEMAS.items():
         qualified = f"{NAMESPACE}::{name}"
         torch.library.define(qualified, schema)
         torch.library.impl(qualified, "CompositeExplicitAutograd", getattr(reference, name))
-        torch.library.register_fake(qualified, fakes[f"_{name}"])
+        torch.library.register_fake(qualified, here[f"_{name}"])
+        if flops := here.get(f"_{name}_flops"):
+            register_flop_formula(getattr(getattr(torch.ops, NAMESPACE), name))(flops)
 
 
 _define()

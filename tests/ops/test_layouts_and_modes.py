@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import petune_kernels as pk
 from petune_kernels import reference
@@ -228,3 +229,42 @@ def test_nothing_in_the_place_of_a_tensor_is_named(call: Callable[[], object], m
         call()
     with pytest.raises(ValueError, match="eps is 'a'"):
         residual_norm(torch.ones(2, 2), eps="a")  # type: ignore[arg-type]
+
+
+def flops(run: Callable[[], object]) -> int:
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return int(counter.get_total_flops())
+
+
+def _attention(x: Tensor, p: float) -> Tensor:
+    q = x.view(2, 12, 4, 8).transpose(1, 2)
+    return attention(q, q[:, :2], q[:, :2], p=p)
+
+
+def _lora(x: Tensor, p: float) -> Tensor:
+    w, a, b = torch.randn(48, 32), torch.randn(4, 32, requires_grad=True), torch.randn(48, 4, requires_grad=True)
+    return lora_linear(x, w, None, a, b, scale=2.0, p=p)
+
+
+def _frozen(x: Tensor, p: float) -> Tensor:
+    return frozen_linear(x, torch.randn(48, 32))
+
+
+@pytest.mark.parametrize("wants_dx", (True, False), ids=("dx", "no dx"))
+@pytest.mark.parametrize("p", (0.0, 0.1))
+@pytest.mark.parametrize("op", (_lora, _frozen, _attention))
+def test_flops_counted_are_the_references(op: Callable[[Tensor, float], Tensor], p: float, wants_dx: bool) -> None:
+    def run() -> None:
+        y = op(torch.randn(24, 32, requires_grad=wants_dx), p)
+        if y.requires_grad:
+            y.sum().backward()
+
+    ours = flops(run)
+    with pk.backend("reference"):
+        assert 0 < ours == flops(run)
+
+
+def test_flops_of_the_merged_weight() -> None:
+    x, w, a, b = (torch.randn(*shape) for shape in ((24, 32), (48, 32), (4, 32), (48, 4)))
+    assert flops(lambda: lora_linear(x, w, None, a, b, path="merged")) == 2 * 48 * 32 * (24 + 4)

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import petune_kernels as pk
 
@@ -49,6 +50,25 @@ def halves(inputs: dict[str, Any]) -> list[dict[str, Any]]:
 def grads(model: nn.Module) -> Step:
     found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     return Step(torch.zeros(()), torch.zeros(()), found)
+
+
+@pytest.mark.parametrize("what", ("full", "layernorm", "lora"))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_flop_counter_counts_what_stock_counts_and_what_runs_again(family: str, what: str) -> None:
+    model, inputs = make(family, what), data(family)
+    model.set_attn_implementation("eager")
+
+    def flops() -> int:
+        with FlopCounterMode(display=False) as counter:
+            model(**inputs).loss.backward()
+        return int(counter.get_total_flops())
+
+    stock = flops()
+    pk.patch(model)
+    (B, S), config = inputs["input_ids"].shape, model.config
+    scores = config.num_hidden_layers * 2 * B * S * S * config.hidden_size
+    xa = sum(2 * B * S * m.numel() for n, m in model.named_parameters() if "lora_A" in n)
+    assert stock + xa <= flops() <= stock + xa + 1.5 * scores  # the op gives dq, dk and dv together, where asked at all
 
 
 @pytest.mark.parametrize("family", FAMILIES)
