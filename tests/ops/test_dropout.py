@@ -12,6 +12,9 @@ from torch.utils.checkpoint import checkpoint
 import petune_kernels as pk
 from petune_kernels import reference
 from petune_kernels.ops.dropout import dropout
+from petune_kernels.ops.lora_linear import lora_linear
+from petune_kernels.ops.residual_norm import residual_norm
+from petune_kernels.studies.measure import saved_bytes
 
 from .table import DTYPES, run_under_isa
 
@@ -139,6 +142,9 @@ def test_every_instruction_set(isa: str) -> None:
     code = """if True:
         import torch, petune_kernels as pk
         from petune_kernels.ops.dropout import dropout
+from petune_kernels.ops.lora_linear import lora_linear
+from petune_kernels.ops.residual_norm import residual_norm
+from petune_kernels.studies.measure import saved_bytes
         for dtype in (torch.float32, torch.bfloat16):
             for n in (64, 5003):
                 x, seed = torch.randn(3, n, dtype=dtype), torch.randint(-2**63, 2**63 - 1, (3,))
@@ -171,3 +177,15 @@ def test_bad_input(case: str, backend: str) -> None:
     with pk.backend(backend), pytest.raises(error, match=message) as caught:
         call_it(torch.ones(4, 8))
     assert "dropout" in str(caught.value)
+
+
+def test_what_reads_a_norm_through_dropout_keeps_the_norms_row_alone() -> None:
+    T, H = 64, 32
+    x, gamma, beta = torch.randn(T, H, requires_grad=True), torch.ones(H, requires_grad=True), torch.zeros(H)
+    w, a, b = torch.randn(H, H), torch.randn(4, H, requires_grad=True), torch.randn(H, 4, requires_grad=True)
+
+    def forward() -> Tensor:
+        return lora_linear(dropout(residual_norm(x, gamma, beta), 0.1), w, None, a, b)
+
+    kept = saved_bytes(forward, (gamma, beta, w, a, b))
+    assert T * H * 4 <= kept <= T * (H + 1) * 4 + 64  # x, rstd, the seed: no second row

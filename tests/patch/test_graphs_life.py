@@ -6,11 +6,15 @@ import copy
 import gc
 import io
 import pickle
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.autograd.graph import save_on_cpu
+from torch.utils.flop_counter import FlopCounterMode
 
 import petune_kernels as pk
 from petune_kernels.patch import graphs
@@ -41,6 +45,16 @@ def test_recorded_outputs() -> None:
     model.bert.encoder.layer[0].attention.register_forward_hook(lambda *_: None)
     model(**data)
     assert only(model).plain[reason] == 2
+
+
+@pytest.mark.parametrize("watched", (lambda: FlopCounterMode(display=False), save_on_cpu), ids=("mode", "hooks"))
+def test_who_watches_ops_or_saved_tensors_sees_them(watched: Callable[[], AbstractContextManager[Any]]) -> None:
+    model, data = graphed(lengths=1, dropout=False), models.batch(S=8)
+    model(**data)
+    with watched():
+        model(**data).loss.backward()
+    assert only(model).plain == {FIRST: 1, "under a dispatch mode or hooks on saved tensors": 1}
+    assert not only(model).captured
 
 
 def test_hooks_on_parameters_and_on_the_stack_run_once() -> None:
