@@ -54,14 +54,10 @@ def _refuse(module: nn.Module, parts: Parts) -> str:
     return "" if len(kept) > 1 else "torch's own op keeps nothing but its input"
 
 
-def _sample(module: nn.Module, parts: Parts, generator: torch.Generator, call: Call | None) -> tuple[Tensor, ...]:
-    return (torch.randn(4, 16, generator=generator, device=generator.device),)
-
-
 def _forward(module: nn.Module, parts: Parts, *args: Tensor, **kwargs: Tensor) -> Tensor:
     if kwargs or len(args) != 1:
         return type(module).forward(module, *args, **kwargs)
     return bias_act(*args, act=parts["act"])
 
 
-PATTERN = Pattern("activation", _parts, _refuse, _sample, _forward, sure=False)
+PATTERN = Pattern("activation", _forward, _parts, refuse=_refuse, sure=False)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
 from ..ops.dropout import dropout
@@ -20,10 +19,6 @@ def _refuse(module: nn.Module, parts: Parts) -> str:
     return "it works in place" if module.inplace else ""
 
 
-def _sample(module: nn.Module, parts: Parts, generator: torch.Generator, call: Call | None) -> tuple[Tensor, ...]:
-    return (torch.randn(4, 16, generator=generator, device=generator.device),)
-
-
 def _forward(module: nn.Dropout, parts: Parts, *args: Tensor, **kwargs: Tensor) -> Tensor:
     if kwargs or len(args) != 1 or module.p >= 1.0 or not args[0].is_floating_point():
         return nn.Dropout.forward(module, *args, **kwargs)
@@ -32,4 +27,4 @@ def _forward(module: nn.Dropout, parts: Parts, *args: Tensor, **kwargs: Tensor) 
     return dropout(*args, module.p)
 
 
-PATTERN = Pattern("dropout", _parts, _refuse, _sample, _forward)
+PATTERN = Pattern("dropout", _forward, _parts, refuse=_refuse)

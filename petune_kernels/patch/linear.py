@@ -38,10 +38,6 @@ def _parts(module: nn.Module, call: Call | None) -> Sequence[Parts]:
     return ({},) if type(module) is nn.Linear else ()
 
 
-def _refuse(module: nn.Module, parts: Parts) -> str:
-    return ""
-
-
 def _sample(module: nn.Module, parts: Parts, generator: torch.Generator, call: Call | None) -> tuple[Tensor, ...]:
     assert isinstance(module, nn.Linear)
     return (random_rows(module.weight, module.in_features, generator),)
@@ -66,4 +62,4 @@ def _forward(module: nn.Linear, parts: Parts, *args: Tensor, **kwargs: Tensor) -
     return run(module.weight, module.bias, *args)
 
 
-PATTERN = Pattern("linear", _parts, _refuse, _sample, _forward, sure=False)
+PATTERN = Pattern("linear", _forward, _parts, _sample, sure=False)

@@ -119,4 +119,4 @@ def _forward(module: nn.Module, parts: Parts, x: Tensor, *args: Any, **kwargs: A
     return project(x, (found,))[0]
 
 
-PATTERN = Pattern("lora", parts, _refuse, _sample, _forward, lambda module, parts: tuple(parts))
+PATTERN = Pattern("lora", _forward, parts, _sample, _refuse, claims=lambda module, parts: tuple(parts))

@@ -57,10 +57,6 @@ def _parts(module: nn.Module, call: Call | None) -> Sequence[Parts]:
     return [r | {place: d} for r in readings for d in drops for place in ("mid", "end")] if drops else readings
 
 
-def _refuse(module: nn.Module, parts: Parts) -> str:
-    return ""
-
-
 def _sample(module: nn.Module, parts: Parts, generator: torch.Generator, call: Call | None) -> tuple[Tensor, ...]:
     first: Any = getattr(module, parts.get("both") or parts["up"])
     return (pattern.random_rows(next(first.parameters()), first.in_features, generator),)
@@ -124,4 +120,4 @@ def _claims(module: nn.Module, parts: Parts) -> Sequence[str]:
     return ("act", *((fused,) if type(getattr(module, parts[fused])) is nn.Linear else ()))
 
 
-PATTERN = Pattern("mlp", _parts, _refuse, _sample, _forward, _claims, sure=False)
+PATTERN = Pattern("mlp", _forward, _parts, _sample, claims=_claims, sure=False)

@@ -79,4 +79,4 @@ def _forward(module: Any, parts: Parts, *args: Tensor, **kwargs: Any) -> Tensor:
     return y
 
 
-PATTERN = Pattern("norm", readings, _refuse, _sample, _forward)
+PATTERN = Pattern("norm", _forward, readings, _sample, _refuse)

@@ -34,6 +34,10 @@ _WIDE_LIMIT = 1 << 24  # parameters of a 16-bit module up to which it is verifie
 Parts = Mapping[str, Any]
 
 
+def _rows(module: nn.Module, parts: Parts, generator: torch.Generator, call: Call | None) -> tuple[Tensor, ...]:
+    return (torch.randn(4, 16, generator=generator, device=generator.device),)
+
+
 def _whole(module: nn.Module, parts: Parts, call: Call | None) -> nn.Module:
     return bare(module)
 
@@ -42,13 +46,14 @@ def _whole(module: nn.Module, parts: Parts, call: Call | None) -> nn.Module:
 class Pattern:
     """One structural pattern.
 
+    forward: the fused forward, called as forward(module, parts, *args, **kwargs).
     parts: the ways in which a module may be read as this pattern, likeliest first: role -> child name (or what else the
         forward must know), from the module and how it was called in the model's trace (None where there is none).
-        Empty: not this pattern. Verification takes the first that gives the module's own result.
-    refuse: why a module that looks right is left alone, or "".
+        Empty: not this pattern. Verification takes the first that gives the module's own result. The default finds
+        nothing: such a pattern is found in the model's trace instead.
     sample: a small input for verification, from a bare twin of the module, the parts, a generator and the traced call;
-        a dict at its end holds keyword arguments. May give the twin random parameters.
-    forward: the fused forward, called as forward(module, parts, *args, **kwargs).
+        a dict at its end holds keyword arguments. May give the twin random parameters. By default four rows of 16.
+    refuse: why a module that looks right is left alone, or "".
     claims: the roles whose children run inside the fused forward and so are no longer candidates themselves.
     outline: a bare twin in which what both forwards only call is replaced by something small whose result weighs as
         much as what it is added to.
@@ -56,10 +61,10 @@ class Pattern:
     """
 
     name: str
-    parts: Callable[[nn.Module, Call | None], Sequence[Parts]]
-    refuse: Callable[[nn.Module, Parts], str]
-    sample: Callable[[nn.Module, Parts, torch.Generator, Call | None], tuple[Any, ...]]
     forward: Callable[..., Any]
+    parts: Callable[[nn.Module, Call | None], Sequence[Parts]] = lambda module, call: ()
+    sample: Callable[[nn.Module, Parts, torch.Generator, Call | None], tuple[Any, ...]] = _rows
+    refuse: Callable[[nn.Module, Parts], str] = lambda module, parts: ""
     claims: Callable[[nn.Module, Parts], Sequence[str]] = lambda module, parts: ()
     outline: Callable[[nn.Module, Parts, Call | None], nn.Module] = _whole
     sure: bool = True

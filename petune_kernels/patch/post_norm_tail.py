@@ -74,4 +74,4 @@ def _claims(module: nn.Module, parts: Parts) -> Sequence[str]:
     return ("norm", "dropout", *(("dense",) if type(getattr(module, parts["dense"])) is nn.Linear else ()))
 
 
-PATTERN = Pattern("post_norm_tail", _parts, _refuse, _sample, _forward, _claims)
+PATTERN = Pattern("post_norm_tail", _forward, _parts, _sample, _refuse, _claims)

@@ -181,5 +181,5 @@ def _call(module: nn.Module, parts: Parts, role: str, x: Tensor, more: dict[str,
 
 
 PATTERN = Pattern(
-    "pre_norm", _parts, _refuse, _sample, _forward, lambda module, parts: ("second",), _outline, sure=False
+    "pre_norm", _forward, _parts, _sample, _refuse, lambda module, parts: ("second",), _outline, sure=False
 )
