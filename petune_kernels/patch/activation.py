@@ -41,8 +41,6 @@ def name_of(module: nn.Module) -> str | None:
 
 
 def _parts(module: nn.Module, call: Call | None) -> Sequence[Parts]:
-    if module._modules or module._parameters or isinstance(module, (nn.Dropout, nn.Identity)):
-        return ()
     act = name_of(module)
     return ({"act": act},) if act else ()
 
