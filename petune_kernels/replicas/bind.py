@@ -21,8 +21,6 @@ from ..patch import PatchReport, linear, lora, norm, pattern
 MARK = "_petune_replicas"
 """In a module's __dict__: the forward that its instance had before, or None."""
 
-_FUSED = ("norm", "post_norm_tail", "pre_norm", "mlp", "linear", "lora", "shared_input")
-
 
 def _linear(module: Any, x: Tensor) -> Tensor:
     if module.weight.dim() == 3:
@@ -94,7 +92,7 @@ def _binder(module: nn.Module, trained: list[str], by: str, part: bool) -> Calla
         # runs inside the layer's op; its own forward, should anybody call it, must take replicas, too
         chosen = next((r for r in readings if not pattern.verify(module, norm.PATTERN, r)), None)
         return None if chosen is None else functools.partial(_bind_norm, parts=chosen)
-    if readings and by in _FUSED:
+    if readings and by:
         return None
     return f"the forward of {kind} takes no replica axis"
 
