@@ -198,27 +198,24 @@ def attention_interface(
         given = kwargs.get(name)
         if given is not None and given is not False:
             raise ValueError(f"attention_interface: {name} is given; not supported, use attn_implementation='eager'")
+    S, K, mask = query.shape[2], key.shape[2], attention_mask
+    scale = query.shape[3] ** -0.5 if scaling is None else scaling
+    causal = S > 1 and mask is None and bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     if kwargs.get("output_attentions") or _collected():
-        return _with_weights(module, query, key, value, attention_mask, scaling, dropout, is_causal, **kwargs)
-    S, K = query.shape[2], key.shape[2]
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    causal = S > 1 and attention_mask is None and bool(causal)
+        return _with_weights(module, query, key, value, mask, scale, dropout, causal, **kwargs)
     if causal and K > S:  # filling an empty static cache: the columns past S hold nothing yet
         key, value = key[:, :, :S], value[:, :, :S]
     bias = kwargs.get("position_bias")
-    if bias is not None:
-        if attention_mask is not None:  # transformers adds the dtype's minimum to a bias, whatever its masks hold
-            attention_mask = op.additive_mask(attention_mask, query.dtype).clamp_min(torch.finfo(query.dtype).min)
-            attention_mask = bias + attention_mask[..., : key.shape[2]]
-        else:
-            attention_mask = bias[..., : key.shape[2]]
-    mask = attention_mask
+    if bias is not None and mask is not None:  # transformers adds the dtype's minimum to a bias, never -inf
+        mask = op.additive_mask(mask, query.dtype).clamp_min(torch.finfo(query.dtype).min)
+        mask = bias + mask[..., : key.shape[2]]
+    elif bias is not None:
+        mask = bias[..., : key.shape[2]]
     if dropout >= 1.0 or mask is not None and saving.decided(mask.requires_grad and torch.is_grad_enabled()):
-        scale = query.shape[3] ** -0.5 if scaling is None else scaling
         mask = None if mask is None else op.additive_mask(mask, query.dtype)
         return op.native(query, key, value, mask, dropout, scale, causal).transpose(1, 2), None
-    attention_mask = None if mask is None else mask.detach()
-    return op.attention(query, key, value, attention_mask, dropout, scaling, causal).transpose(1, 2), None
+    mask = None if mask is None else mask.detach()
+    return op.attention(query, key, value, mask, dropout, scale, causal).transpose(1, 2), None
 
 
 def _collected() -> bool:
@@ -228,8 +225,8 @@ def _collected() -> bool:
 
 
 def _with_weights(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None,
-    dropout: float, is_causal: bool | None, **kwargs: Any,
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, dropout: float,
+    causal: bool, **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """transformers' eager attention for this module, with the causal mask that it expects and SDPA does without."""
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
@@ -237,9 +234,8 @@ def _with_weights(
         raise ValueError(
             f"attention_interface: output_attentions is given, and {type(module).__module__} has no eager form"
         )
-    S, K = query.shape[2], key.shape[2]
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    if mask is None and causal and S > 1:
+    if causal:
+        S, K = query.shape[2], key.shape[2]
         hidden = torch.ones(S, K, dtype=torch.bool, device=query.device).triu(1 + K - S)
         mask = query.new_zeros(1, 1, S, K).masked_fill(hidden, torch.finfo(query.dtype).min)
     blind = None
@@ -247,7 +243,6 @@ def _with_weights(
         mask = op.additive_mask(mask, query.dtype)
         blind = (mask == -torch.inf).all(-1, keepdim=True)  # of those eager's softmax makes NaN
         mask = mask.clamp_min(torch.finfo(query.dtype).min)
-    scale = query.shape[3] ** -0.5 if scaling is None else scaling
     o, weights = eager(module, query, key, value, mask, scaling=scale, dropout=dropout, **kwargs)
     if blind is not None:
         o = o.masked_fill(blind.transpose(1, 2), 0.0)
