@@ -52,7 +52,7 @@ BAD = {
     "a matrix": (lambda x, w: replica_linear(x, w[0]), ValueError, r"w has shape \(4, 8\); accepted is \[G, N, 8\]"),
     "another width": (lambda x, w: replica_linear(x[:, :7], w), ValueError, "w has shape"),
     "rows": (lambda x, w: replica_linear(x[:5], w), ValueError, "3 replicas, which does not divide the 5 rows"),
-    "bias": (lambda x, w: replica_linear(x, w, x[:2, :4]), ValueError, r"b has shape \(2, 4\); accepted is \[3, 4\]"),
+    "bias": (lambda x, w: replica_linear(x, w, x[:2, :4]), ValueError, r"bias has shape \(2, 4\); accepted is \[3, 4"),
     "devices": (lambda x, w: replica_linear(x, w.to("meta")), ValueError, "w is on meta"),
 }
 
