@@ -35,12 +35,16 @@ def frozen_linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
 
 _ONEDNN_WEIGHTS = 1 << 17
 """Size of w from which oneDNN gains over MKL whatever the rows: 384 x 384 does, 128 x 128 loses."""
+_LEAST = min(matmul.OP_FROM.values())
 
 
 def faster(x: Tensor, w: Tensor, bias: Tensor | None = None) -> bool:
     """Whether the op is faster than torch's linear while w is frozen; a compiler chooses for itself."""
+    work = x.numel() * w.shape[0]
+    if torch.compiler.is_compiling() or work < _LEAST:  # first, because it costs a third of the rest
+        return False
     kind = meta.kind(x.device)
-    if torch.compiler.is_compiling() or x.numel() * w.shape[0] < matmul.OP_FROM.get(kind, math.inf):
+    if work < matmul.OP_FROM.get(kind, math.inf):
         return False
     if kind == "cuda":
         return bias is not None and bias.requires_grad
