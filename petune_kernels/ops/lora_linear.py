@@ -155,10 +155,8 @@ def as_list(op: str, name: str, value: Any, n: int) -> list[Any]:
     return list(value)
 
 
-def projections(
-    op: str, x: Tensor, w: list[Tensor], bias: list[Tensor | None], *, autocast: bool
-) -> tuple[int, int, int]:
-    """Checks x, W and bias of projections that share x; returns T, K and the G that the biases imply."""
+def projections(op: str, x: Tensor, w: list[Tensor], bias: list[Tensor | None], *, autocast: bool) -> int:
+    """Checks x, W and bias of projections that share x; returns the G that the biases imply."""
     check.floating(op, x=x)
     T, K = check.rows(op, "x", x)
     G = 1
@@ -177,7 +175,7 @@ def projections(
     for i, c in enumerate(bias):
         if c is not None and c.dim() == 2 and c.shape[0] not in (1, G):
             raise ValueError(f"{op}: bias[{i}] has {c.shape[0]} replicas, another has {G}; they must agree")
-    return T, K, G
+    return G
 
 
 def _adapter_dtype(op: str, x: Tensor, **tensors: Tensor | None) -> None:
@@ -221,7 +219,8 @@ def _adapter(
 
 def _replicas(op: str, x: Tensor, its: list[Projection], *, autocast: bool) -> int:
     """Checks x and every projection; returns their G."""
-    T, K, G = projections(op, x, [it.w for it in its], [it.bias for it in its], autocast=autocast)
+    G = projections(op, x, [it.w for it in its], [it.bias for it in its], autocast=autocast)
+    T = x.numel() // x.shape[-1]
     for i, it in enumerate(its):
         g = _adapter(op, i, x, it.w.shape[0], it.a, it.b, it.bias_b)
         if g is not None and g > 1:

@@ -86,7 +86,7 @@ def packed_linear(
         x, biases = x.to(dtype), [None if c is None else c.to(dtype) for c in biases]
     G = 1
     if not (are_rows(x) and all([usual(x, Projection(m, c)) for m, c in zip(ws, biases, strict=True)])):
-        _, _, G = projections(op, x, ws, biases, autocast=dtype is not None)
+        G = projections(op, x, ws, biases, autocast=dtype is not None)
     if len({c.dtype for c in biases if c is not None}) > 1:
         raise TypeError(f"{op}: the biases have several dtypes; accepted is one, {x.dtype} or float32")
     y = PackedLinear.apply(check.dense(x), len(ws), G, *ws, *biases)
