@@ -307,18 +307,19 @@ def lora_linear(x, w, bias, a, b, bias_b, seed, p, scale, merged):
 @_as_written
 def lora_linear_backward(dy, x, w, a, b, seed, p, scale, groups, want_dx, want_da, want_db, want_dsum):
     like = next(d for d in dy if d is not None)
-    dx = _wide(like).new_zeros([like.shape[0], w[0].shape[1]])
-    da, db, dsum = ([_nothing(like) for _ in w] for _ in range(3))  # an op's outputs must not alias
+    wide = _wide(like)
+    # zeros stay where an output was not used
+    dx = wide.new_zeros([like.shape[0], w[0].shape[1]])
+    da = [torch.zeros_like(m) if want else _nothing(like) for m, want in zip(a, want_da, strict=True)]
+    db = [torch.zeros_like(m) if want else _nothing(like) for m, want in zip(b, want_db, strict=True)]
+    dsum = [
+        wide.new_zeros([groups, m.shape[0]]) if want else _nothing(like) for m, want in zip(w, want_dsum, strict=True)
+    ]
     for i, dy_i in enumerate(dy):
         if dy_i is None:
-            da[i], db[i] = (
-                torch.zeros_like(m) if want else nothing
-                for m, want, nothing in ((a[i], want_da[i], da[i]), (b[i], want_db[i], db[i]))
-            )
-        if want_dsum[i]:
-            dsum[i] = _wide(like).new_zeros([groups, w[i].shape[0]]) if dy_i is None else column_sum(dy_i, groups)
-        if dy_i is None:
             continue
+        if want_dsum[i]:
+            dsum[i] = column_sum(dy_i, groups)
         if want_dx:
             dx = dx + _wide(dy_i) @ _wide(w[i])
         if a[i] is None:
@@ -328,7 +329,10 @@ def lora_linear_backward(dy, x, w, a, b, seed, p, scale, groups, want_dx, want_d
         )
         if want_dx:
             dx = dx + share
-        da[i], db[i] = da_i if want_da[i] else da[i], db_i if want_db[i] else db[i]
+        if want_da[i]:
+            da[i] = da_i
+        if want_db[i]:
+            db[i] = db_i
     return dx.to(like.dtype) if want_dx else _nothing(like), da, db, dsum
 
 
