@@ -13,6 +13,7 @@ import torch
 from torch.autograd import forward_ad
 
 from ..meta import autocasts
+from ..schema import accumulator
 
 _Given = TypeVar("_Given", torch.Tensor, torch.Tensor | None)
 
@@ -165,7 +166,7 @@ def one_dtype(x: torch.Tensor, *params: torch.Tensor | None) -> list[torch.Tenso
     """Small parameters contiguous and in one dtype that a kernel takes, x's or float32; autograd sees the casts."""
     if all(t is None or (t.dtype == x.dtype and t.is_contiguous()) for t in params):
         return list(params)
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    wide = accumulator(x.dtype)
     dtypes = {t.dtype for t in params if t is not None}
     dtype = dtypes.pop() if len(dtypes) == 1 else wide
     if dtype not in (x.dtype, wide):

@@ -87,7 +87,7 @@ class LoraLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, how: tuple[tuple, tuple, int, bool], *tensors: Any) -> Any:
         p, scale, groups, merged = how
         w, bias, a, b, bias_b, seed = _by_role(tensors)
-        y = pick("lora_linear", x)(check.as_rows(x), _cast(w, x.dtype), bias, a, b, bias_b, seed, p, scale, merged)
+        y = pick("lora_linear", x)(check.as_rows(x), cast(w, x.dtype), bias, a, b, bias_b, seed, p, scale, merged)
         want_w, _, want_a, want_b, _, _ = _by_role(ctx.needs_input_grad[2:])
         need_x = any(want_w) or any(want_a) or any(want_b)
         saving.save(ctx, saving.known(x) if need_x else None, *tensors)
@@ -112,7 +112,7 @@ class LoraLinear(torch.autograd.Function):
         rows = [check.as_rows(check.dense(d)) for d in dy]
         x = check.as_rows(x)
         dx, da, db, dsum = pick("lora_linear_backward", like)(
-            rows, x, _cast(w, like.dtype), a, b, seed, p, scale, ctx.groups, want_x, want_a, want_b, want_dsum,
+            rows, x, cast(w, like.dtype), a, b, seed, p, scale, ctx.groups, want_x, want_a, want_b, want_dsum,
         )  # fmt: skip
         for i, at in enumerate(range(0, len(saved), 6)):
             if want_w[i] and rows[i] is not None:
@@ -133,7 +133,8 @@ def _by_role(values: Sequence[Any]) -> list[Sequence[Any]]:
     return [values[0::6], values[1::6], values[2::6], values[3::6], values[4::6], values[5::6]]
 
 
-def _cast(w: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+def cast(w: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Weights as a matmul of this dtype takes them: under autocast they may be in another."""
     return [m if m.dtype == dtype else m.to(dtype) for m in w]
 
 

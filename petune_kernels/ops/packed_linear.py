@@ -24,7 +24,7 @@ from .. import matmul
 from ..backends import pick
 from . import _checks as check
 from . import _saving as saving
-from .lora_linear import Projection, are_rows, as_list, bias_gradient, projections, usual
+from .lora_linear import Projection, are_rows, as_list, bias_gradient, cast, projections, usual
 
 
 class PackedLinear(torch.autograd.Function):
@@ -35,7 +35,7 @@ class PackedLinear(torch.autograd.Function):
         w, bias = list(tensors[:n]), list(tensors[n:])
         saving.save(ctx, saving.known(x) if any(ctx.needs_input_grad[3 : 3 + n]) else None, *w, *bias)
         ctx.n, ctx.groups = n, groups
-        y = pick("packed_linear", x)(check.as_rows(x), [m.to(x.dtype) for m in w], bias)
+        y = pick("packed_linear", x)(check.as_rows(x), cast(w, x.dtype), bias)
         return check.in_shape(y, x.shape[:-1])
 
     @staticmethod
@@ -49,7 +49,7 @@ class PackedLinear(torch.autograd.Function):
         dw, dbias = [None] * n, [None] * n  # type: tuple[list[Any], list[Any]]
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = check.in_shape(pick("packed_linear_backward", dy)(dy, [m.to(dy.dtype) for m in w]), lead)
+            dx = check.in_shape(pick("packed_linear_backward", dy)(dy, cast(w, dy.dtype)), lead)
         if any(want_bias):
             sums = pick("column_sum", dy)(dy, ctx.groups).split(widths, 1)
             dbias = [bias_gradient(s, c) if yes else None for s, c, yes in zip(sums, bias, want_bias, strict=True)]
