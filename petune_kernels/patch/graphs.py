@@ -294,7 +294,8 @@ def _try_padding(module: nn.Module, call: Call) -> tuple[tuple[bool, ...] | None
     are: run on the traced call, whose mask hides its last token, with and without padding."""
     names = (*_names(module)[: len(call.args)], *call.kwargs)
     values = (*call.args, *call.kwargs.values())
-    if len(names) != len(values) or not any(isinstance(v, Tensor) for v in values):
+    device = next((v.device for v in values if isinstance(v, Tensor)), None)
+    if len(names) != len(values) or device is None:
         return None, "it is called in a way that is not known"
     padding = padding_of(names, values)
     if padding is None:
@@ -302,7 +303,7 @@ def _try_padding(module: nn.Module, call: Call) -> tuple[tuple[bool, ...] | None
     twin, at = pattern.bare(module), len(call.args)
     longer = make_static(values, padding, lambda n: n + 3)
     try:
-        with torch.no_grad(), meta.no_autocast(longer[0].device if torch.is_tensor(longer[0]) else values[0].device):
+        with torch.no_grad(), meta.no_autocast(device):
             runs = [
                 [t for t in pytree.tree_leaves(twin(*given[:at], **dict(zip(names[at:], given[at:], strict=True))))
                  if isinstance(t, Tensor)]

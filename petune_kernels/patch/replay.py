@@ -161,7 +161,7 @@ class Graph:
     def _length(self, values: Any) -> int:
         return next(v.shape[a[-1]] for v, a in zip(values, self._padding, strict=True) if a) if self._padding else 0
 
-    def backward(self, lengths: int, dy: Sequence[Tensor | None]) -> list[Tensor | None]:
+    def backward(self, length: int, dy: Sequence[Tensor | None]) -> list[Tensor | None]:
         """Gradients for what `call` passed to apply, from those of the outputs."""
         assert self._groups is not None and self._replay_backward is not None
         wanted = [d for d, differentiable in zip(dy, self._differentiable, strict=True) if differentiable]
@@ -177,7 +177,7 @@ class Graph:
             for i, view in zip(group, views, strict=True):
                 grads[i] = view
         inputs = [
-            _cut(b, lengths, bool(self._padding and self._padding[i]))
+            _cut(b, length, bool(self._padding and self._padding[i]))
             for b, i in zip(self._inputs, self._sources, strict=True)
         ]
         return [*inputs, *grads]
