@@ -99,8 +99,10 @@ def tune_packed(
         raise InputError(f"method {method.name!r} does not pack: {reason}")
     try:
         return _Pack(Path(folder), method, task, recipe, seeds, dropout, torch.device(device), progress).outcomes()
+    except InputError:
+        raise
     except (ValueError, pk.PatchError, pk.ReplicaError) as error:
-        raise error if isinstance(error, InputError) else InputError(f"method {method.name!r}: {error}") from error
+        raise InputError(f"method {method.name!r}: {error}") from error
 
 
 def halving(

@@ -119,10 +119,10 @@ def build(settings: Settings, level: str, device: torch.device) -> tuple[nn.Modu
                 )
             setting = methods.Setting(lambda: model, 0, _no_losses, anatomy.head, model)
             model, around = stages[0].prepare(setting)
+        except InputError:
+            raise
         except ValueError as error:
-            raise (
-                error if isinstance(error, InputError) else InputError(f"--regime {settings.regime}: {error}")
-            ) from error
+            raise InputError(f"--regime {settings.regime}: {error}") from error
     if around is not None:
         raise InputError(f"--regime {settings.regime} changes the update itself, which is not followed")
     model.train()

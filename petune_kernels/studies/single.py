@@ -101,8 +101,10 @@ def tune_once(
     try:
         run.train()
         test = {name: run.evaluate(part)[1] for name, part in task.tests.items()} if run.failed is None else {}
+    except InputError:
+        raise
     except (ValueError, pk.PatchError) as error:
-        raise error if isinstance(error, InputError) else InputError(f"method {method.name!r}: {error}") from error
+        raise InputError(f"method {method.name!r}: {error}") from error
     assert run.model is not None
     if keep_model and patched:
         pk.unpatch(run.model)
