@@ -23,9 +23,10 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def usual(x: torch.Tensor, alike: tuple[torch.Tensor | None, ...], small: tuple[torch.Tensor | None, ...]) -> bool:
-    """Whether nothing is to be said or converted: dense x, others like it, vectors of its width, one dtype and device.
+    """Whether this is the call that models make, with nothing to refuse and nothing to convert: x is dense, `alike` are
+    dense tensors of its shape, `small` are vectors of its width, and all have one dtype and one device.
 
-    What a call costs before its kernel: a model makes this one, and only what it does not pass is looked at one by one.
+    For speed: a call that passes skips the checks of each argument, which cost more than a small kernel.
     """
     if not isinstance(x, torch.Tensor) or x.dtype not in FLOATS or not x.dim() or not x.is_contiguous():
         return False

@@ -78,9 +78,12 @@ class _Made:
 
 
 class _Under(threading.local):
-    """The hooks on saved tensors that are in force. A recipe serves under those alone under which it was made, and is
-    forgotten when others follow them: torch's checkpoint is such hooks. A row from outside comes back in backward as
-    another tensor, which knows no recipe; and what is made within is not kept, unless by the recipe of a result."""
+    """Which hooks on saved tensors are in force in this thread.
+
+    A recipe is used only while the hooks are in force under which it was made, and is forgotten when they change.
+    torch's checkpoint works by such hooks: what comes into a checkpointed part is another tensor when the part runs
+    again, so a recipe from outside would not be found then; and a recipe from inside would keep alive outside what the
+    checkpoint is there to drop."""
 
     def __init__(self) -> None:
         self.hooks: Callable[[], object] = lambda: None
@@ -88,7 +91,7 @@ class _Under(threading.local):
         self.made: weakref.WeakSet[_Made] = weakref.WeakSet()
 
     def now(self) -> object:
-        """What stands for them; None without any."""
+        """An object that stands for the hooks in force, None without any. If they changed, recipes are forgotten."""
         top = torch._C._autograd._top_saved_tensors_default_hooks(True)
         pack = None if top is None else top[0]
         if pack is not self.hooks() or (pack is None and self.token is not None):  # or they are gone
@@ -248,7 +251,8 @@ def whole_layer() -> bool:
 
 
 def decided(choice: bool) -> bool:
-    """`choice`; in a frame that runs again what it was the first time, when gradients were on."""
+    """`choice`. In a frame that runs again, what it was in forward: gradients are off by then, and the frame must take
+    the same path."""
     frame = _running.frame
     if frame is None:
         return choice

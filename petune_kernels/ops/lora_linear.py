@@ -237,9 +237,8 @@ def _replicas(op: str, x: Tensor, its: list[Projection], *, autocast: bool) -> i
 
 
 def usual(x: Tensor, it: Projection) -> bool:
-    """Whether `_replicas` has nothing to say: one replica, x's dtype (or float32 in the factors), x's device.
-
-    As `check.usual`: it costs less than a small matmul, which the checks one by one do not.
+    """Whether `_replicas` would find nothing to refuse and one replica: matrices and vectors that fit together, on x's
+    device and in its dtype, or with factors in float32. For speed, as `check.usual`.
     """
     w, bias, a, b, bias_b, _, _ = it
     if not isinstance(w, Tensor) or w.dim() != 2:

@@ -27,7 +27,8 @@ from .trace import Trace
 
 
 class Pending:
-    """What is left for others, as long as nobody changed x, a weight or whether gradients are recorded."""
+    """What one projection has computed for others of its group. They may take it while x, the weights and whether
+    gradients are recorded are as they were."""
 
     def __init__(self, x: Tensor, left: dict[nn.Module, Tensor], found: list[tuple[nn.Module, Projection]]):
         self.x, self.left, self._recording = x, left, torch.is_grad_enabled()
@@ -46,8 +47,8 @@ class Pending:
 
 class Group:
     """The projections in the order of their calls, the layer that they are in, and what the first of them has left for
-    the others: of one thread, since another may run the same model meanwhile, and what is run again in backward must
-    find what forward found."""
+    the others. Each thread has its own: another may run the same model at the same time, and autograd's threads, in
+    which a layer may run again, must start with nothing left, as forward does."""
 
     def __init__(self, modules: tuple[nn.Module, ...], layer: nn.Module | None = None):
         self.modules, self.layer = modules, layer
@@ -159,8 +160,10 @@ def _forward(module: nn.Module, group: Group, *args: Any, **kwargs: Any) -> Any:
 
 
 def _gains(it: Projection, x: Tensor) -> bool:
-    """Whether one op for all is better for this projection than its own matmul. The same wherever the layer runs again:
-    sums of dx round differently in one op, so a weight that trains is no matter of whether x can be made again."""
+    """Whether one op for the whole group is better for this projection than its own matmul.
+
+    The answer must be the same when the layer runs again in backward, because one op sums dx in another order. So for a
+    weight that trains it does not ask, as `linear.run` does, whether x can be made again."""
     if it.a is not None:
         return True
     trains = it.w.requires_grad and torch.is_grad_enabled()  # a model that generates has no use for the op's graph

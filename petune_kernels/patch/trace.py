@@ -23,8 +23,10 @@ from . import pattern
 
 @dataclass(frozen=True)
 class Call:
-    """How a module was first called, how often, which modules were called with what it gave, and for the children that
-    it calls with nothing but keywords the first of these."""
+    """How a module was called.
+
+    args, kwargs: of the first call. times: how often. next: the modules that were called with its result. by_name: of
+    each child that it calls with keywords only, the first keyword."""
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
