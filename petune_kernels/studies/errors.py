@@ -9,3 +9,8 @@ class InputError(ValueError):
 
 class StudyError(RuntimeError):
     """A study could not be carried out: nothing to download from, a failed gate, a dead child process."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of its message, or its class where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -19,7 +19,7 @@ from petune_kernels import meta
 from petune_kernels.regimes.structure import read
 
 from . import footprint, machine, measure, methods, shapes, train
-from .errors import InputError
+from .errors import InputError, first_line
 
 STOCK = "stock"
 CHECKPOINTED = "HF checkpointing"
@@ -88,8 +88,8 @@ def predict(settings: Settings, level: str) -> footprint.Footprint:
         try:
             return footprint.follow(model, blocks, batch, loss_of, values)
         except (RuntimeError, NotImplementedError, ValueError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise InputError(f"{settings.model}: a step cannot be followed without values: {reason}") from error
+            why = first_line(error)
+            raise InputError(f"{settings.model}: a step cannot be followed without values: {why}") from error
 
 
 def build(settings: Settings, level: str, device: torch.device) -> tuple[nn.Module, list[nn.Module]]:

@@ -18,7 +18,7 @@ from transformers import (
     AutoModelForSequenceClassification,
 )
 
-from .errors import InputError
+from .errors import InputError, first_line
 
 HEADS: dict[str, tuple[Any, ...]] = {
     "auto": (AutoModelForSequenceClassification, AutoModelForImageClassification, AutoModel),
@@ -52,7 +52,7 @@ def read_shape(name: str, labels: int) -> Any:
         try:
             return AutoConfig.from_pretrained(name, num_labels=labels, local_files_only=True)
         except (OSError, ValueError) as error:
-            raise InputError(f"{name} holds no transformers model: {str(error).splitlines()[0]}") from error
+            raise InputError(f"{name} holds no transformers model: {first_line(error)}") from error
     if name in SHAPES:
         kind, sizes = SHAPES[name]
         return AutoConfig.for_model(kind, num_labels=labels, **sizes)

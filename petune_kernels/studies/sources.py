@@ -15,7 +15,7 @@ from typing import Any
 
 from . import cache
 from .data import MAX_LABELS, label_order
-from .errors import InputError, StudyError
+from .errors import InputError, StudyError, first_line
 from .tasks import Examples, Named
 
 
@@ -246,10 +246,10 @@ def hub(name: str, subset: str | None) -> Mapping[str, Any]:
             return datasets.load_from_disk(name)
         return datasets.load_dataset(name, subset)
     except Exception as error:  # the library raises whatever its readers raise
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise StudyError(
-            f"the data set {name}{f' ({subset})' if subset else ''} cannot be loaded: {reason}\nWhat to do: see that "
-            "the hub can be reached from here, or name a local copy with `path` (made by datasets' save_to_disk)"
+            f"the data set {name}{f' ({subset})' if subset else ''} cannot be loaded: {first_line(error)}\n"
+            "What to do: see that the hub can be reached from here, or name a local copy with `path` (made by "
+            "datasets' save_to_disk)"
         ) from error
 
 

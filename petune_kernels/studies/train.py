@@ -18,7 +18,7 @@ from transformers.utils import logging as transformers_logging
 
 from petune_kernels.regimes.structure import read
 
-from .errors import InputError
+from .errors import InputError, first_line
 from .whole_step import WholeStep
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -33,7 +33,7 @@ def read_config(folder: Path, labels: int, dropout: bool = True) -> Any:
     try:
         config = AutoConfig.from_pretrained(folder, num_labels=labels, local_files_only=True)
     except (OSError, ValueError) as error:
-        raise InputError(f"--model {folder} is not a folder with a transformers model: {_first_line(error)}") from error
+        raise InputError(f"--model {folder} is not a folder with a transformers model: {first_line(error)}") from error
     if not dropout:
         without_dropout(config)
     return config
@@ -67,7 +67,7 @@ def load_model(
                 use_safetensors=True,  # never a pickle
             )
     except (OSError, ValueError) as error:
-        raise InputError(f"--model {folder} cannot be loaded as a classifier: {_first_line(error)}") from error
+        raise InputError(f"--model {folder} cannot be loaded as a classifier: {first_line(error)}") from error
     torch.manual_seed(seed)
     names = set(read(model).head)
     for path, module in model.named_modules():
@@ -91,7 +91,7 @@ def load_tokenizer(folder: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
-        raise InputError(f"--model {folder} has no tokenizer that can be loaded: {_first_line(error)}") from error
+        raise InputError(f"--model {folder} has no tokenizer that can be loaded: {first_line(error)}") from error
 
 
 def loss_of(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -281,7 +281,3 @@ def _quiet():
 
 def _rms(tensor: torch.Tensor) -> float:
     return tensor.norm().item() / math.sqrt(max(1, tensor.numel()))
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
