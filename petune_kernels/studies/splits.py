@@ -11,7 +11,7 @@ from pathlib import Path
 from . import sources
 from .errors import InputError
 from .sources import Source
-from .tasks import NAMED, Examples, TaskData, scorer
+from .tasks import CLASSIFICATION, NAMED, REGRESSION, Examples, TaskData
 
 PROTOCOLS = {
     "train-split": "the last 10 % of the training part validate, the held-out part tests",
@@ -158,14 +158,11 @@ def cut(source: Source, spec: TaskSpec, out_of_domain: dict[str, Examples] | Non
     draw = spec.split_seed
     tests = {name: _sample(part, spec.test_rows, draw) for name, part in tests.items()}
     validation = tests[first] if spec.leaky else _sample(validation, spec.validation_rows, draw)
-    labels = len(source.names) or 1
     return TaskData(
         train=_sample(train, spec.train_rows, draw),
         validation=validation,
         tests=tests,
-        labels=labels,
-        regression=source.regression,
-        metrics=scorer(labels),
+        labels=1 if source.regression else max(2, len(source.names)),
         primary=_primary(spec, source),
         name=spec.title,
         protocol=spec.protocol,
@@ -179,7 +176,7 @@ def _primary(spec: TaskSpec, source: Source) -> str:
     usual = "pearson" if source.regression else "accuracy"
     if spec.name in NAMED and not (spec.file or spec.dataset):
         usual = NAMED[spec.name].primary
-    accepted = ("pearson", "spearman") if source.regression else ("accuracy", "f1", "matthews")
+    accepted = REGRESSION if source.regression else CLASSIFICATION
     if (chosen := spec.primary or usual) not in accepted:
         raise InputError(f"task {spec.name!r}: primary is {chosen!r}; accepted: {', '.join(accepted)}")
     return chosen

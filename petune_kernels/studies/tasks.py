@@ -10,7 +10,7 @@ import functools
 import hashlib
 import json
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,18 +55,16 @@ class Examples:
 class TaskData:
     """A task cut into parts, ready to train on.
 
-    labels: number of classes, 1 in regression. metrics: (logits [rows, labels], references [rows]) -> name -> value.
-    primary: the metric that tables show and that stopping "on the metric" reads. name: for tables. protocol: how
-    validation and test were cut; leaky: the validation part is also the test part. dropped: rows of the training and
-    validation parts left out because they also stand in a later part. names: of the classes.
+    labels: number of classes, 1 in a regression. primary: the metric that tables show and that stopping "on the metric"
+    reads. name: for tables. protocol: how validation and test were cut; leaky: the validation part is also the test
+    part. dropped: rows of the training and validation parts left out because they also stand in a later part. names: of
+    the classes.
     """
 
     train: Examples
     validation: Examples
     tests: dict[str, Examples]
     labels: int
-    regression: bool
-    metrics: Callable[[Any, Any], dict[str, float]]
     primary: str
     name: str = "task"
     protocol: str = "train-split"
@@ -77,8 +75,6 @@ class TaskData:
     """Per test part, the best `primary` that always answering one class could reach (regression: 0)."""
 
     def __post_init__(self) -> None:
-        if self.regression != (self.labels == 1):
-            raise InputError(f"labels is {self.labels} and regression {self.regression}; 1 label means regression")
         for part, examples in {"train": self.train, "validation": self.validation, **self.tests}.items():
             if not len(examples):
                 raise InputError(f"task {self.name!r}: the {part} part is empty")
@@ -88,6 +84,14 @@ class TaskData:
         if not self.regression and len(set(self.train.labels)) < 2:
             raise InputError(f"task {self.name!r}: the training part has one class only; more rows are needed")
         object.__setattr__(self, "baseline", {part: self._constant(rows) for part, rows in self.tests.items()})
+
+    @property
+    def regression(self) -> bool:
+        return self.labels == 1
+
+    def metrics(self, logits: Any, references: Any) -> dict[str, float]:
+        """Every metric's value, of logits [rows, labels] and references [rows]."""
+        return (regression_metrics if self.regression else classification_metrics)(logits, references)
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -151,11 +155,6 @@ NAMED: dict[str, Named] = {
 }
 """Metrics are those of the papers' tables; `primary` of a task's entry in a study file chooses another one (stsb:
 Pearson in the second paper, Spearman in the first; qqp and mrpc: F1 or accuracy)."""
-
-
-def scorer(labels: int) -> Callable[[Any, Any], dict[str, float]]:
-    """The metrics of a task with `labels` classes, or of a regression where it is 1."""
-    return regression_metrics if labels == 1 else classification_metrics
 
 
 def classification_metrics(logits: Any, references: Any) -> dict[str, float]:

@@ -18,7 +18,7 @@ from petune_kernels.studies import single, train
 from petune_kernels.studies.errors import InputError
 from petune_kernels.studies.methods import METHODS, method
 from petune_kernels.studies.single import Outcome, Recipe, Seeds, tune_once
-from petune_kernels.studies.tasks import Examples, TaskData, scorer
+from petune_kernels.studies.tasks import Examples, TaskData
 
 from .conftest import WORDS
 
@@ -39,7 +39,7 @@ def make_task(scores: bool = False, pairs: bool = False) -> TaskData:
     labels = 1 if scores else 2
     primary = "spearman" if scores else "accuracy"
     tests = {"test": parts[2], "other": parts[3]}
-    return TaskData(parts[0], parts[1], tests, labels, scores, scorer(labels), primary)
+    return TaskData(parts[0], parts[1], tests, labels, primary)
 
 
 def run(

@@ -15,7 +15,7 @@ from petune_kernels.studies import sources
 from petune_kernels.studies.cache import Member
 from petune_kernels.studies.errors import InputError, StudyError
 from petune_kernels.studies.splits import TaskSpec, load
-from petune_kernels.studies.tasks import NAMED, Examples, TaskData, classification_metrics, regression_metrics, scorer
+from petune_kernels.studies.tasks import NAMED, Examples, TaskData, classification_metrics, regression_metrics
 
 
 def one_hot(answers: list[int], classes: int = 2) -> torch.Tensor:
@@ -43,9 +43,7 @@ def test_regression_metrics_by_hand() -> None:
 
 
 def data(train: Examples, test: Examples, labels: int = 2) -> TaskData:
-    return TaskData(
-        train, test, {"test": test}, labels, labels == 1, scorer(labels), "pearson" if labels == 1 else "accuracy"
-    )
+    return TaskData(train, test, {"test": test}, labels, "pearson" if labels == 1 else "accuracy")
 
 
 def test_a_task_knows_what_a_constant_answer_reaches() -> None:
