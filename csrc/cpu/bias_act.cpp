@@ -137,12 +137,7 @@ inline void bias_act_backward(const BiasActBackward& a) {
   if (!a.dbias) return;
   const auto row = scratch(1, a.N);
   for (int64_t replica = 0; replica < a.G; ++replica) {
-    for_vectors(a.N, [&](int64_t i, auto n) {
-      f32v total = {};
-      for (int64_t chunk = 0; chunk < chunks.per_replica; ++chunk)
-        total += load(partial + (replica * chunks.per_replica + chunk) * a.N + i, n);
-      store(row.get() + i, total);
-    });
+    add_pieces(partial + replica * chunks.per_replica * a.N, chunks.per_replica, a.N, a.N, row.get());
     write_small(a.dbias, a.param_dtype, replica * a.N, a.N, row.get());
   }
 }

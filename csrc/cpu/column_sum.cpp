@@ -60,12 +60,7 @@ inline void column_sum_all(const ColumnSum& a) {
     }
   });
   for (int64_t replica = 0; replica < a.G; ++replica)
-    for_vectors(a.N, [&](int64_t i, auto n) {
-      f32v total = {};
-      for (int64_t chunk = 0; chunk < chunks.per_replica; ++chunk)
-        total += load(partial + (replica * chunks.per_replica + chunk) * a.N + i, n);
-      store(a.out + replica * a.N + i, total, n);
-    });
+    add_pieces(partial + replica * chunks.per_replica * a.N, chunks.per_replica, a.N, a.N, a.out + replica * a.N);
 }
 
 }  // namespace petune::cpu::PETUNE_ISA

@@ -186,19 +186,12 @@ inline void finish(const LoraAdapterBackward& a, const RowChunks& chunks, int64_
   const int64_t piece = piece_floats(a.r, a.K, a.N);
   const float* partial = static_cast<const float*>(a.workspace) + g * chunks.per_replica * piece;
   const auto row = scratch(1, std::max(a.K, a.N));
-  const auto add = [&](int64_t offset, int64_t H) {
-    for_vectors(H, [&](int64_t i, auto) {
-      f32v total = {};
-      for (int64_t chunk = 0; chunk < chunks.per_replica; ++chunk) total += load(partial + chunk * piece + offset + i);
-      store(row.get() + i, total);
-    });
-  };
   if (a.da) {
-    add(j * spaced(a.K), a.K);
+    add_pieces(partial + j * spaced(a.K), chunks.per_replica, piece, a.K, row.get());
     write_small(a.da, a.param_dtype, (g * a.r + j) * a.K, a.K, row.get());
   }
   if (a.db) {
-    add(a.r * spaced(a.K) + j * spaced(a.N), a.N);
+    add_pieces(partial + a.r * spaced(a.K) + j * spaced(a.N), chunks.per_replica, piece, a.N, row.get());
     const auto scatter = [&](auto* db) {
       for (int64_t n = 0; n < a.N; ++n) store(db + (g * a.N + n) * a.r + j, row.get()[n]);
     };

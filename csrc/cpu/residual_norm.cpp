@@ -110,19 +110,15 @@ void backward_rows(const ResidualNormBackward a, int64_t replica, int64_t begin,
   for (int which = 0; which < 3; ++which) std::memcpy(partial + which * H, sums[which], H * sizeof(float));
 }
 
-// Adds the pieces' sums in their fixed order, sixteen columns at a time.
 inline void finish(const ResidualNormBackward& a, const RowChunks& chunks, const float* partial) {
+  const int64_t piece = 3 * a.H;
   void* outputs[3] = {a.dbias, a.dgamma, a.dbeta};
   for (int which = 0; which < 3; ++which) {
     if (!outputs[which]) continue;
+    const auto row = scratch(1, a.H);
     for (int64_t replica = 0; replica < a.G; ++replica) {
-      const auto row = scratch(1, a.H);
-      for_vectors(a.H, [&](int64_t i, auto n) {
-        f32v total = {};
-        for (int64_t chunk = 0; chunk < chunks.per_replica; ++chunk)
-          total += load(partial + ((replica * chunks.per_replica + chunk) * 3 + which) * a.H + i, n);
-        store(row.get() + i, total);
-      });
+      const float* sums = partial + replica * chunks.per_replica * piece + which * a.H;
+      add_pieces(sums, chunks.per_replica, piece, a.H, row.get());
       write_small(outputs[which], a.param_dtype, replica * a.H, a.H, row.get());
     }
   }

@@ -217,6 +217,15 @@ inline void write_small(void* out, DType dtype, int64_t offset, int64_t n, const
   });
 }
 
+// out[0, n) = the sums that `pieces` pieces of rows have left, `step` floats apart, added in their order.
+inline void add_pieces(const float* sums, int64_t pieces, int64_t step, int64_t n, float* out) {
+  for_vectors(n, [&](int64_t i, auto lanes) {
+    f32v total = {};
+    for (int64_t piece = 0; piece < pieces; ++piece) total += load(sums + piece * step + i, lanes);
+    store(out + i, total, lanes);
+  });
+}
+
 // low 32 bits of each lane times a 32-bit constant, in 64 bits; the high half of a lane is ignored
 PETUNE_INLINE u64v multiply_low(u64v a, uint32_t m) {
 #if PETUNE_LEVEL == 2
