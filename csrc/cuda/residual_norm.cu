@@ -490,7 +490,7 @@ __global__ void __launch_bounds__(kBlock, 2)
           make_xhat<T, kVector>(op, rows, at, column, n, dy, saved, mean[0], rstd, wide_dy, g, xhat);
 #pragma unroll
           for (int j = 0; j < V; ++j) {
-            dots[0] += j < n ? g[j] * xhat[j] : 0.0f;  // past the end y / gamma is 0 / 0
+            dots[0] += j < n ? g[j] * xhat[j] : 0.0f;  // past the end 0 * xhat, which may be infinite
             dots[1] += g[j];
           }
         }
