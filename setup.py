@@ -29,6 +29,10 @@ def flag(name: str) -> bool:
     return os.environ.get(name, "0").lower() not in ("", "0", "false", "no")
 
 
+def printed(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
 def find_nvcc() -> str | None:
     if flag("NO_CUDA"):
         if flag("FORCE_CUDA"):
@@ -52,7 +56,7 @@ def find_compiler() -> str | None:
 def cuda_architectures(nvcc: str) -> list[tuple[str, bool]]:
     """[('80', False), ('90', False), ('100', True)]: architecture and whether to add its PTX."""
     asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "8.0;9.0;10.0+PTX").replace(" ", ";")
-    known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
+    known = printed(nvcc, "--list-gpu-arch")
     wanted = [(a.removesuffix("+PTX").replace(".", ""), a.endswith("+PTX")) for a in asked.split(";") if a]
     usable = [(arch, ptx) for arch, ptx in wanted if f"compute_{re.sub('[a-z]', '', arch)}\n" in known]
     if "TORCH_CUDA_ARCH_LIST" in os.environ and len(usable) < len(wanted):
@@ -90,16 +94,14 @@ class Build(build_ext):
         import torch
         from torch.utils.cpp_extension import include_paths, library_paths
 
-        first_line = subprocess.run(
-            [*shlex.split(self.compiler_path), "--version"], capture_output=True, text=True, check=True
-        )
+        compiler = printed(*shlex.split(self.compiler_path), "--version").splitlines()[0]
         version, archs = "", []
         if self.nvcc:
-            found = subprocess.run([self.nvcc, "--version"], capture_output=True, text=True, check=True).stdout
-            version, archs = re.search(r"release ([\d.]+)", found)[1], cuda_architectures(self.nvcc)
+            version = re.search(r"release ([\d.]+)", printed(self.nvcc, "--version"))[1]
+            archs = cuda_architectures(self.nvcc)
         facts = {
             "PETUNE_VERSION": self.distribution.get_version(),
-            "PETUNE_COMPILER": first_line.stdout.splitlines()[0],
+            "PETUNE_COMPILER": compiler,
             "PETUNE_TORCH": torch.__version__,
             "PETUNE_CUDA_VERSION": version,
             "PETUNE_CUDA_ARCHS": ";".join(f"{a[:-1]}.{a[-1]}{'+PTX' * ptx}" for a, ptx in archs),
