@@ -161,9 +161,7 @@ def time_steps(
     device, refused = torch.device(settings.device), row["refused"]
 
     def ready(name: str, model: nn.Module) -> Callable[[], object]:
-        run = runs[name] = train.Run(
-            model, repeat(batch), settings.rounds + WARM, lr=1e-4, seed=0, whole=name == WHOLE
-        )  # fmt: skip
+        run = runs[name] = train.Run(model, repeat(batch), settings.rounds + WARM, 1e-4, seed=0, whole=name == WHOLE)
 
         def step() -> None:
             if wanted[name] is not None:
@@ -177,9 +175,7 @@ def time_steps(
         return step
 
     runs: dict[str, train.Run] = {}
-    models = harness.attempt(
-        wanted, refused, lambda name, mode: build(case, name, device, settings.layers, mode)
-    )  # fmt: skip
+    models = harness.attempt(wanted, refused, lambda name, mode: build(case, name, device, settings.layers, mode))
     judge(models, batch, row)
     steps = harness.attempt(models, refused, ready)
     harness.needed(steps)
