@@ -1,1 +1,1 @@
-"""The benchmark: `python -m bench ops | layers | models`. It comes with the repository, not with the wheel."""
+"""The benchmark: `python -m bench --help` lists its commands. It comes with the repository, not with the wheel."""
