@@ -128,8 +128,8 @@ def small(op: str, T: int, H: int, **params: torch.Tensor | None) -> int:
 
 
 def per_replica(G: int, *params: torch.Tensor | None) -> list[torch.Tensor | None]:
-    """A trained parameter [H] beside others [G, H] as [G, H], as kernels give gradients; frozen ones stay. [1, H] is
-    [H]."""
+    """With G replicas, a parameter [H] that trains as [G, H], the shape in which kernels give its gradient; one that is
+    frozen stays [H]. [1, H] counts as [H]."""
     if G == 1:
         return list(params)
     params = tuple(t[0] if t is not None and t.dim() == 2 and t.shape[0] == 1 else t for t in params)

@@ -60,7 +60,8 @@ def settings(module: Any, parts: Parts, x: Tensor) -> dict[str, Any]:
 
 
 def serves(module: Any, parts: Parts, x: Tensor) -> bool:
-    """An RMSNorm's product with a wider weight promotes its result; the op keeps x's dtype."""
+    """Whether the op's result has this norm's dtype: an RMSNorm's product with a wider weight has the weight's, the
+    op's result x's."""
     return parts["kind"] == "layer" or module.weight.dtype == x.dtype
 
 

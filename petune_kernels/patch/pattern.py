@@ -57,7 +57,7 @@ class Pattern:
     claims: the roles whose children run inside the fused forward and so are no longer candidates themselves.
     outline: a bare twin in which what both forwards only call is replaced by something small whose result weighs as
         much as what it is added to.
-    sure: whether looking right is enough to be a candidate, which strict=True insists on.
+    sure: whether a module that looks right and is refused all the same makes patch(strict=True) raise.
     """
 
     name: str
@@ -76,7 +76,7 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Its own; those of all modules see what runs as a module."""
+    """Whether it has hooks of its own. torch's hooks on all modules do not count: they see what runs as a module."""
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )  # asked at every call: no loop

@@ -134,14 +134,16 @@ def _passed(parts: Parts, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[s
 
 
 def _class_checkpoints(module: nn.Module) -> bool:
-    """transformers checkpoints in the forward of a layer's class, past which one bound on the instance goes; until 5.17
-    it did so in __call__, around any forward."""
+    """Whether transformers checkpoints in the forward of the layer's class, which a forward bound on the instance goes
+    past. Until 5.17 it did so in __call__, around any forward."""
     return type(module).__call__ is nn.Module.__call__
 
 
 def _checkpointed(module: Any, parts: Parts, *args: Any, **kwargs: Any) -> Any:
-    """The class's forward, in which the fused one runs in the place of what it would run, now and again in backward.
-    Called with a twin, so that nothing of the layer's changes: other threads may run it, too."""
+    """The class's own forward, which checkpoints, with the fused forward as what is checkpointed.
+
+    It runs on a twin whose checkpointing function is exchanged, so that the layer stays as it is: other threads may run
+    it, too."""
     checkpoint = module._gradient_checkpointing_func
 
     def exchanged(own: functools.partial[Any], x: Tensor, *rest: Any) -> Any:

@@ -73,8 +73,8 @@ class Group:
         self.__init__(**state)  # type: ignore[misc]
 
     def leaves(self, x: Tensor) -> bool:
-        """Whether something may be left: not where x would not say that somebody changed it, nor in a layer that
-        torch.compile checkpoints, in which nothing may be written down."""
+        """Whether results may be left for the others: not where x has no version that tells a change (in inference
+        mode), nor in a layer that torch.compile checkpoints, whose forward may have no side effects."""
         if torch.compiler.is_compiling():
             return not (self.layer is not None and self.layer.gradient_checkpointing and self.layer.training)
         return not x.is_inference()
