@@ -11,6 +11,7 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -33,12 +34,8 @@ def _embedding(module: Any, ids: Tensor) -> Tensor:
     G, V, E = module.weight.shape
     if ids.shape[0] % G:
         raise ValueError(f"the batch has {ids.shape[0]} rows; accepted is a multiple of the {G} replicas")
-    of_replica = (V * _counts(G, ids)).repeat_interleave(ids.shape[0] // G)
-    return F.embedding(ids + of_replica.reshape(-1, *(1,) * (ids.dim() - 1)), module.weight.reshape(G * V, E))
-
-
-def _counts(G: int, like: Tensor) -> Tensor:
-    return like.new_ones(G).cumsum(0) - 1
+    first = torch.arange(0, G * V, V, dtype=ids.dtype, device=ids.device).repeat_interleave(ids.shape[0] // G)
+    return F.embedding(ids + first.reshape(-1, *(1,) * (ids.dim() - 1)), module.weight.reshape(G * V, E))
 
 
 def plan(model: nn.Module, report: PatchReport) -> tuple[dict[str, Callable[[nn.Module], None]], dict[str, str]]:
