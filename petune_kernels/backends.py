@@ -125,7 +125,8 @@ def _triton_lacks() -> str:
 
 
 def _register_triton() -> frozenset[str]:
-    """On a GPU without the compiled library, the Triton launchers serve the ops they have; returns which."""
+    """On a GPU Triton adds LoRA's term to many rows and, without the compiled library, serves every op it has; returns
+    which these are."""
     if not torch.cuda.is_available() or _triton_lacks():
         return frozenset()
     served = set()
@@ -134,6 +135,8 @@ def _register_triton() -> frozenset[str]:
         if launcher is not None:
             torch.library.impl(f"{schema.NAMESPACE}::{op}", "CUDA", launcher)
             served.add(op)
+    for op in matmul.MANY_ROWS:
+        matmul.MANY_ROWS[op] = _triton_launcher(op) or matmul.MANY_ROWS[op]
     return frozenset(served)
 
 

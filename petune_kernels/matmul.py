@@ -12,7 +12,8 @@ Low-rank terms in float32 beside 16-bit activations. An adapter in float32 must 
 float32 copy: each float32 factor u is two 16-bit terms, u = high + low with an error of 2^-17 for bf16, and
 u v^T = high_u high_v^T + low_u high_v^T + high_u low_v^T: one 16-bit matmul of rank 3r with float32 accumulation, which
 costs next to nothing beside the pass over the result. Where the result itself is float32 (x A^T, dA, dB) the 16-bit
-rows are widened block by block.
+rows are widened block by block. Many rows on CUDA are Triton's where it is installed (triton/lora_adapter.py): a mask
+and a widened block that go through memory cost more bytes than the rows themselves.
 """
 
 from __future__ import annotations
@@ -175,7 +176,7 @@ def _adapter_kernels(x: Tensor, a: Tensor, seed: Tensor | None) -> tuple[Callabl
 def lora_adapter(y, x, a, b, bias_b, seed, p, scale):
     G, wide = _count(a), a.dtype != x.dtype
     if wide and max(x.numel(), y.numel()) > _AT_ONCE:
-        _by_blocks(y, x, a, b, bias_b, seed, p, scale)
+        MANY_ROWS["lora_adapter"](y, x, a, b, bias_b, seed, p, scale)
         return
     rows, y, a, b = x.to(a.dtype), _by_replica(y, G), _small(a), _small(b)
     if seed is not None:
@@ -250,7 +251,7 @@ def _backward(like, dy, x, w, a, b, seed, p, scale, groups, want_dx, want_da, wa
 def lora_adapter_backward(dx, dy, x, a, b, seed, p, scale, want_da, want_db):
     G, wide = _count(a), a.dtype != dy.dtype
     if wide and max(dy.numel(), dy.numel() // b.shape[-2] * a.shape[-1]) > _AT_ONCE:
-        return _backward_by_blocks(dx, dy, x, a, b, seed, p, scale, want_da, want_db)
+        return MANY_ROWS["lora_adapter_backward"](dx, dy, x, a, b, seed, p, scale, want_da, want_db)
     da, db, rows, inner = dy.new_empty([0]), dy.new_empty([0]), _by_replica(dy.to(a.dtype), G), _small(a)
     if dx is not None or want_da:
         dxa = _product(rows, _small(b), scale)
@@ -299,6 +300,10 @@ def _backward_by_blocks(dx, dy, x, a, b, seed, p, scale, want_da, want_db):
         _add_masked(_by_replica(dx, G), dxa, a, mask, p)
     nothing = dy.new_empty([0])
     return nothing if da is None else da.view(shape_a), nothing.clone() if db is None else db.view(shape_b)
+
+
+MANY_ROWS: dict[str, Callable] = {"lora_adapter": _by_blocks, "lora_adapter_backward": _backward_by_blocks}
+"""What takes wider factors beside more than _AT_ONCE elements of rows: Triton's kernels where it is (backends.py)."""
 
 
 def _mask(like: Tensor, K: int, seed: Tensor, p: float) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import petune_kernels as pk
-from petune_kernels import backends, reference
+from petune_kernels import backends, matmul, reference
 from petune_kernels.ops.bias_act import bias_act
 from petune_kernels.ops.residual_norm import residual_norm
 
@@ -114,11 +114,15 @@ def test_triton_serves_nothing_where_it_finds_no_compiler(monkeypatch: pytest.Mo
     monkeypatch.setattr(torch.library, "impl", lambda name, *_: taken.append(name))
     monkeypatch.setitem(backends.MISSING, "cuda", "the CUDA library was not built")
     monkeypatch.setattr(backends, "_has_kernel", lambda op, device: False)
+    monkeypatch.setattr(matmul, "MANY_ROWS", torchs := dict(matmul.MANY_ROWS))
+    own = dict(torchs)
     assert backends._register_triton() and taken
+    assert {launcher.__module__ for launcher in torchs.values()} == {"petune_kernels.triton.lora_adapter"}
+    torchs.update(own)
     taken.clear()
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setattr(backends.shutil, "which", lambda name: None)
-    assert not backends._register_triton() and not taken
+    assert not backends._register_triton() and not taken and torchs == own
     rows = {choice.op: choice for choice in backends.describe("cuda")}
     assert rows["residual_norm"].backend == "reference" and "no C compiler" in rows["residual_norm"].why
     monkeypatch.setenv("CC", "/opt/cc")  # which Triton takes as it is

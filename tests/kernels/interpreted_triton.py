@@ -16,6 +16,7 @@ from petune_kernels import reference
 from petune_kernels.triton import column_sum as t_column_sum
 from petune_kernels.triton import common, tiles
 from petune_kernels.triton import dropout as t_dropout
+from petune_kernels.triton import lora_adapter as t_adapter
 from petune_kernels.triton import lora_linear as t_lora
 from petune_kernels.triton import residual_norm as t_norm
 
@@ -261,6 +262,30 @@ def test_small_float32_factors_beside_float16_rows():
         t_lora.lora_linear_backward(*back)[1:3], reference.lora_linear_backward(*back)[1:3], strict=True
     ):
         torch.testing.assert_close(got[0], want[0], rtol=1e-4, atol=1e-5 * want[0].abs().max().item())
+
+
+@pytest.mark.parametrize(
+    "dtype, adapter", [(d, d) for d in MATMUL_DTYPES] + [(d, torch.float32) for d in MATMUL_DTYPES[1:]], ids=str
+)
+@pytest.mark.parametrize("case", [*LORA_CASES, (0, 24, 20, 4, 0.3, 1)], ids=str)
+def test_lora_adapter(case, dtype, adapter):
+    T, K, N, r, p, G = case
+    made = {k: v[0] if isinstance(v, list) else v for k, v in lora_problem(T, K, N, r, dtype, adapter, G).items()}
+    a, b, x, seed = made["a"], made["b"], made["x"], seeds(*range(7, 7 + G)) if p else None
+    y, dx, dy = randn(T, N, dtype=dtype), randn(T, K, dtype=dtype), randn(T, N, dtype=dtype)
+    want_y, want_dx = y.clone(), dx.clone()
+    t_adapter.lora_adapter(y, x, a, b, made["bias_b"], seed, p, 0.5)
+    reference.lora_adapter(want_y, x, a, b, made["bias_b"], seed, p, 0.5)
+    close(y, want_y, dtype)
+    got = t_adapter.lora_adapter_backward(dx, dy, x, a, b, seed, p, 0.5, True, True)
+    same(got, reference.lora_adapter_backward(want_dx, dy, x, a, b, seed, p, 0.5, True, True), adapter, T)
+    close(dx, want_dx, dtype)
+    for wanted in itertools.product([False, True], repeat=3):
+        into = torch.zeros_like(dx) if wanted[0] else None
+        rows = x if wanted[1] or wanted[2] else None
+        some = t_adapter.lora_adapter_backward(into, dy, rows, a, b, seed, p, 0.5, *wanted[1:])
+        for one, whole, want in zip(some, got, wanted[1:], strict=True):
+            assert torch.equal(one, whole) if want else one.shape == (0,)
 
 
 @pytest.mark.parametrize("dtype", MATMUL_DTYPES, ids=str)

@@ -19,7 +19,15 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from petune_kernels.triton import column_sum, common, dropout, lora_linear, residual_norm, tiles  # noqa: E402
+from petune_kernels.triton import (  # noqa: E402
+    column_sum,
+    common,
+    dropout,
+    lora_adapter,
+    lora_linear,
+    residual_norm,
+    tiles,
+)
 
 ARCHS = (80, 90, 100)
 POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int64: "*i64"}
@@ -213,6 +221,38 @@ def test_lora_linear(case, arch, tmp_path):
                 # float16 beside float32 factors: float32 results by tf32, for which Triton takes mma everywhere
                 cores = TENSOR_CORES[80 if (dtype, adapter) == (torch.float16, torch.float32) else arch]
                 assert binary.count(cores) or binary.count(TENSOR_CORES[arch]), f"{name} on sm_{arch}: no tensor cores"
+
+
+ADAPTER = {  # K, N, r, dtype of x, dropout, replicas; adapters in float32: what takes these kernels by itself
+    "bert fc2": (4 * H, H, 8, torch.bfloat16, 0.1, 1),
+    "rank 16": (H, H, 16, torch.bfloat16, 0.0, 1),
+    "rank 64": (1024, 1024, 64, torch.bfloat16, 0.1, 1),
+    "float16": (H, H, 16, torch.float16, 0.0, 1),
+    "replicas": (H, 4 * H, 16, torch.bfloat16, 0.1, 4),
+    "rank 256": (4096, 4096, 256, torch.bfloat16, 0.0, 1),
+}
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize(
+    "case", [c if c.startswith("bert") else pytest.param(c, marks=pytest.mark.slow) for c in ADAPTER]
+)
+def test_lora_adapter(case, arch, tmp_path):
+    K, N, r, dtype, p, G = ADAPTER[case]
+    lead = () if G == 1 else (G,)
+    x, y = empty(T, K, dtype=dtype), empty(T, N, dtype=dtype)
+    a, b = empty(*lead, r, K, dtype=torch.float32), empty(*lead, N, r, dtype=torch.float32)
+    seed = empty(G, dtype=torch.int64) if p else None
+
+    def call():
+        lora_adapter.lora_adapter(y, x, a, b, empty(*lead, N, dtype=torch.float32), seed, p, 2.0)
+        lora_adapter.lora_adapter_backward(x, y, x, a, b, seed, p, 2.0, True, True)
+
+    kernels = compiled(call, arch, tmp_path)
+    assert {"project_kernel", "update_kernel", "outer_kernel", "finish_kernel"} == set(kernels)
+    for binary in kernels["update_kernel"]:
+        assert binary.count(WIDE) and not binary.count(NARROW), "update_kernel: loads of less than 16 bytes"
+        assert binary.count(TENSOR_CORES[arch]) or binary.count(TENSOR_CORES[80]), "update_kernel: no tensor cores"
 
 
 def test_the_check_can_fail(tmp_path):

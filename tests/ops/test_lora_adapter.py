@@ -24,6 +24,7 @@ DTYPES = [
     (torch.bfloat16, torch.bfloat16),
     (torch.bfloat16, torch.float32),
 ]
+OPS = ("lora_adapter", "lora_adapter_backward")
 KERNELS = {
     "cpu": (torch.ops.petune.lora_adapter, torch.ops.petune.lora_adapter_backward),
     "matmul": (matmul.lora_adapter, matmul.lora_adapter_backward),
@@ -87,6 +88,32 @@ def test_against_float64(shape, dtypes, G, seeds, kernel):
     for name, got, w in zip("ab", (da, db), want, strict=True):
         assert got.shape == made[name].shape and got.dtype == made[name].dtype and got.is_contiguous()
         near(f"d{name}", got, w, bound(dtypes[1], T + K + N, rounded))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("G, seeds", [(1, 0), (1, 1), (3, 0), (3, 3)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_many_rows_on_a_gpu(shape, dtype, G, seeds, monkeypatch):
+    """What takes them, and torch's products whole and by blocks, from one seed."""
+    T, K, N, r = shape
+    T *= G
+    made, p = problem(T, K, N, r, dtype, torch.float32, G=G), 0.3 if seeds else 0.0
+    seed, exact = (torch.randint(2**62, (seeds,)) if seeds else None), wide(made)
+    names = ("dx", "dy", "x", "a", "b")
+    reference.lora_adapter(exact["y"], exact["x"], exact["a"], exact["b"], exact["bias_b"], seed, p, 0.5)
+    want = reference.lora_adapter_backward(*(exact[name] for name in names), seed, p, 0.5, True, True)
+    for at_once, kernels in ((0, matmul.MANY_ROWS), (1 << 24, {}), (0, dict(zip(OPS, KERNELS["blocks"], strict=True)))):
+        monkeypatch.setattr(matmul, "_AT_ONCE", at_once)
+        monkeypatch.setattr(matmul, "MANY_ROWS", kernels)
+        t = {name: tensor.cuda() for name, tensor in made.items()}
+        key = None if seed is None else seed.cuda()
+        torch.ops.petune.lora_adapter(t["y"], t["x"], t["a"], t["b"], t["bias_b"], key, p, 0.5)
+        da, db = torch.ops.petune.lora_adapter_backward(*(t[name] for name in names), key, p, 0.5, True, True)
+        for name, got, w in zip(
+            "y dx da db".split(), (t["y"], t["dx"], da, db), (exact["y"], exact["dx"], *want), strict=True
+        ):
+            near(name, got.cpu(), w, bound(torch.float32 if name in ("da", "db") else dtype, T + K + N, False))
 
 
 @pytest.mark.parametrize("K, N", [(24, 20), (20, 24)])
