@@ -27,19 +27,40 @@ struct Activated {
 };
 
 // For 16-bit rows (kFast) the hardware's exp2 and reciprocal, some 2^-22 off, are far below the rounding of the result.
+// __expf and __fdividef scale their arguments around these instructions, for numbers below 2^-126: here those become 0.
+__device__ __forceinline__ float fast_exp2(float v) {
+#ifdef PETUNE_EMULATOR
+  return std::exp2(v);
+#else
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(v));
+  return result;
+#endif
+}
+__device__ __forceinline__ float fast_inverse(float v) {
+#ifdef PETUNE_EMULATOR
+  return 1.0f / v;
+#else
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(v));
+  return result;
+#endif
+}
+
+// e^(factor * v); factor is a constant, to which log2(e) is multiplied as it compiles.
 template <bool kFast>
-__device__ __forceinline__ float exponential(float v) {
-  return kFast ? __expf(v) : expf(v);
+__device__ __forceinline__ float exponential(float factor, float v) {
+  return kFast ? fast_exp2(factor * 1.4426950408889634f * v) : expf(factor * v);
 }
 template <bool kFast>
 __device__ __forceinline__ float inverse(float v) {
-  return kFast ? __fdividef(1.0f, v) : 1.0f / v;
+  return kFast ? fast_inverse(v) : 1.0f / v;
 }
 
 // What is not used of these results is not computed: everything here is inlined.
 template <bool kFast>
 __device__ __forceinline__ Activated gelu(float v) {
-  const float e = exponential<kFast>(-0.5f * v * v);
+  const float e = exponential<kFast>(-0.5f, v * v);
   float cdf;
   if constexpr (kFast) {
     // erfc(x) = e^(-x^2) * polynomial in 1 / (1 + 0.3275911 x) to 1.5e-7 (Abramowitz and Stegun 7.1.26): with x =
@@ -58,7 +79,7 @@ template <bool kFast>
 __device__ __forceinline__ Activated gelu_tanh(float v) {
   // (1 + tanh y) / 2 = sigmoid(2 y)
   constexpr float k = 2.0f * 0.79788456080286536f, c = 0.044715f;
-  const float s = inverse<kFast>(1.0f + exponential<kFast>(-k * (v + c * v * v * v)));
+  const float s = inverse<kFast>(1.0f + exponential<kFast>(-k, v + c * v * v * v));
   return {v * s, s + v * s * (1.0f - s) * k * (1.0f + 3.0f * c * v * v)};
 }
 __device__ __forceinline__ Activated relu(float v) {
@@ -67,7 +88,7 @@ __device__ __forceinline__ Activated relu(float v) {
 }
 template <bool kFast>
 __device__ __forceinline__ Activated silu(float v) {
-  const float s = inverse<kFast>(1.0f + exponential<kFast>(-v));
+  const float s = inverse<kFast>(1.0f + exponential<kFast>(-1.0f, v));
   return {v * s, s * (1.0f + v * (1.0f - s))};
 }
 

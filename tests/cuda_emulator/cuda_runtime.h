@@ -147,9 +147,6 @@ constexpr T max(T a, T b) {
   return a < b ? b : a;
 }
 inline float rsqrtf(float v) { return 1.0f / std::sqrt(v); }
-inline float __expf(float v) { return std::exp(v); }
-inline float __fdividef(float a, float b) { return a / b; }
-inline float __frcp_rn(float v) { return 1.0f / v; }
 inline unsigned __float2uint_rn(float v) {  // saturates; NaN gives 0
   return v >= 4294967296.0f ? ~0u : v > 0.0f ? static_cast<unsigned>(std::nearbyint(v)) : 0u;
 }
