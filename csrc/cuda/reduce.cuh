@@ -107,39 +107,44 @@ template <typename T, int W>
 __device__ __forceinline__ void add_partials(const ColumnSums& sums, int64_t base, int64_t step, int count,
                                              int64_t out_base, int begin, int end, bool last_level) {
   constexpr int kBatch = 8;  // rows in flight, the last batch's too: what waits here is the kernel's tail
-  const int64_t per_sum = ceil_div(end - begin, W);
-  for (int64_t item = threadIdx.x; item < kMaxSums * per_sum; item += blockDim.x) {
-    const int k = static_cast<int>(item / per_sum), column = begin + static_cast<int>(item - k * per_sum) * W;
+  const int per_sum = ceil_div(end - begin, W);
+  int item = threadIdx.x;  // threads go on to the next sum's columns where one's end
+#pragma unroll 1
+  for (int k = 0; k < kMaxSums; ++k) {
     float* const partial = k == 0 ? sums.partial[0] : k == 1 ? sums.partial[1] : sums.partial[2];
     void* const out = k == 0 ? sums.out[0] : k == 1 ? sums.out[1] : sums.out[2];
     if (partial == nullptr) continue;
-    float* p = partial + base + column;
-    float sum[W] = {};
-    for (int first = 0; first < count; first += kBatch) {
-      float v[kBatch][W];
+    for (; item < per_sum; item += blockDim.x) {
+      const int column = begin + item * W;
+      float* p = partial + base + column;
+      float sum[W] = {};
+      for (int first = 0; first < count; first += kBatch) {
+        float v[kBatch][W];
 #pragma unroll
-      for (int i = 0; i < kBatch; ++i) {  // __ldcg: the rows come from other multiprocessors, whose L1 is not ours
-        const float* row = p + (first + i) * step;
-        const bool there = first + i < count;
-        if constexpr (W == 4) {
-          const float4 four = there ? __ldcg(reinterpret_cast<const float4*>(row)) : make_float4(0, 0, 0, 0);
-          v[i][0] = four.x, v[i][1] = four.y, v[i][2] = four.z, v[i][3] = four.w;
-        } else {
-          v[i][0] = there ? __ldcg(row) : 0.0f;
+        for (int i = 0; i < kBatch; ++i) {  // __ldcg: the rows come from other multiprocessors, whose L1 is not ours
+          const float* row = p + (first + i) * step;
+          const bool there = first + i < count;
+          if constexpr (W == 4) {
+            const float4 four = there ? __ldcg(reinterpret_cast<const float4*>(row)) : make_float4(0, 0, 0, 0);
+            v[i][0] = four.x, v[i][1] = four.y, v[i][2] = four.z, v[i][3] = four.w;
+          } else {
+            v[i][0] = there ? __ldcg(row) : 0.0f;
+          }
         }
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i)
+#pragma unroll
+          for (int j = 0; j < W; ++j) sum[j] += v[i][j];
       }
 #pragma unroll
-      for (int i = 0; i < kBatch; ++i)
-#pragma unroll
-        for (int j = 0; j < W; ++j) sum[j] += v[i][j];
+      for (int i = 0; i < W; ++i) {
+        if (last_level)
+          store_param<T>(out, sums.out_f32, out_base + column + i, sum[i]);
+        else
+          p[i] = sum[i];
+      }
     }
-#pragma unroll
-    for (int i = 0; i < W; ++i) {
-      if (last_level)
-        store_param<T>(out, sums.out_f32, out_base + column + i, sum[i]);
-      else
-        p[i] = sum[i];
-    }
+    item -= per_sum;
   }
 }
 
