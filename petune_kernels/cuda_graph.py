@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -50,6 +51,20 @@ def _debug(mode: str | int) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch says that it is a prototype
         torch.cuda.set_sync_debug_mode(mode)
+
+
+@contextlib.contextmanager
+def no_collection() -> Iterator[None]:
+    """Garbage is collected before it, none within it: a cycle may hold a CUDA graph or an event, whose end no capture
+    takes."""
+    enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 class Recorder:
@@ -109,6 +124,7 @@ class Recorder:
         """
         graph = torch.cuda.CUDAGraph()
         with (
+            no_collection(),
             torch.jit.optimized_execution(False),
             torch.cuda.device(self._device),
             torch.cuda.stream(torch.cuda.current_stream(self._device)),  # a capture that fails stays on its own

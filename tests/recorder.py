@@ -87,7 +87,7 @@ class Recorder:
 
     def record(self, function: Callable[[], None]) -> Callable[[], None]:
         # TorchScript makes a number by a dispatched poison and a write that is not: only the former would be replayed
-        with pytest.MonkeyPatch.context() as patch, cuda_graph.as_captured(), _Log() as log:
+        with cuda_graph.no_collection(), pytest.MonkeyPatch.context() as patch, cuda_graph.as_captured(), _Log() as log:
             patch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
             function()
         with torch.no_grad():

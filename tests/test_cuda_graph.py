@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import warnings
 from types import SimpleNamespace
 from typing import Any
@@ -47,11 +48,7 @@ def test_a_number_made_by_torchscript_is_replayed(scaled: Any) -> None:
 
 def test_torchscript_does_not_specialise_in_a_capture(scaled: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """At the second run with a shape it would, and on a GPU compile and load kernels."""
-    for name in ("graph", "device", "stream", "current_stream"):
-        monkeypatch.setattr(torch.cuda, name, lambda *_, **__: contextlib.nullcontext())
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=None))
-    recorder = cuda_graph.Recorder.__new__(cuda_graph.Recorder)
-    recorder._device, recorder._pool, recorder._stream = CPU, None, None  # type: ignore[assignment]
+    recorder = _without_a_gpu(monkeypatch)
 
     def run() -> None:
         scaled(torch.ones(3), 2.0)
@@ -61,6 +58,51 @@ def test_torchscript_does_not_specialise_in_a_capture(scaled: Any, monkeypatch: 
     assert not _specialised(scaled)
     run()
     assert _specialised(scaled)
+
+
+def _without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> cuda_graph.Recorder:
+    for name in ("graph", "device", "stream", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, **__: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=None))
+    recorder = cuda_graph.Recorder.__new__(cuda_graph.Recorder)
+    recorder._device, recorder._pool, recorder._stream = CPU, None, None  # type: ignore[assignment]
+    return recorder
+
+
+@pytest.mark.parametrize("real", (False, True))
+@pytest.mark.parametrize("enabled", (False, True))
+@pytest.mark.parametrize("fails", (False, True))
+def test_nothing_is_collected_in_a_capture(
+    fails: bool, enabled: bool, real: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cycle that holds a graph or an event would end in it."""
+    recorder, was = _without_a_gpu(monkeypatch) if real else Recorder(CPU), gc.isenabled()
+    ended: list[str] = []
+
+    class Cycle:
+        def __init__(self, name: str) -> None:
+            self.name, self.me = name, self
+
+        def __del__(self) -> None:
+            ended.append(self.name)
+
+    def run() -> None:
+        assert ended == ["before"] and not gc.isenabled()
+        Cycle("within")
+        for _ in range(20_000):  # enough for the collector of what is young
+            _ = [[]]
+        assert ended == ["before"]
+        if fails:
+            raise RuntimeError("not captured")
+
+    Cycle("before")
+    try:
+        gc.enable() if enabled else gc.disable()
+        with pytest.raises(RuntimeError, match="not captured") if fails else contextlib.nullcontext():
+            recorder.record(run)
+        assert gc.isenabled() == enabled
+    finally:
+        gc.enable() if was else gc.disable()
 
 
 @pytest.mark.parametrize("fails", (False, True))
