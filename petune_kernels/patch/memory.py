@@ -67,6 +67,17 @@ def set_level(model: nn.Module, level: str, attending: Iterable[nn.Module], seen
     return len(blocks if level == "coded" else layers if level == "checkpoint" else [*attending, *blocks])
 
 
+def runs_again(model: nn.Module) -> str:
+    """A module whose forward backward runs again, by memory="recompute" or "checkpoint" or transformers' own
+    checkpointing, and by which; or ''."""
+    for path, m in model.named_modules():
+        if pattern.framed(m) and pattern.around(m) in (_part, _layer):
+            return f"{path}, by memory={'recompute' if pattern.around(m) is _part else 'checkpoint'!r}"
+        if getattr(m, "gradient_checkpointing", False):
+            return f"{path or 'the model'}, by gradient checkpointing"
+    return ""
+
+
 def is_layer(module: nn.Module) -> bool:
     layers = sys.modules.get("transformers.modeling_layers")
     return layers is not None and isinstance(module, layers.GradientCheckpointingLayer)

@@ -16,9 +16,10 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
+from petune_kernels.patch.memory import runs_again
 from petune_kernels.regimes.structure import read
 
-from .errors import InputError, first_line
+from .errors import InputError, StudyError, first_line
 from .whole_step import WholeStep
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -177,7 +178,8 @@ class Run:
     before every step, so they can be stepped in turn in one process.
 
     whole: replay each step as one CUDA graph (whole_step.py). For a model on an NVIDIA GPU, whose parameters, modes and
-    rates of dropout stay as they are while it runs, patched without cuda_graphs of its own.
+    rates of dropout stay as they are while it runs, patched without cuda_graphs of its own, with memory "exact" or
+    "coded".
     """
 
     def __init__(
@@ -185,6 +187,8 @@ class Run:
     ):
         self.model, self.losses = model, list[float]()
         self._batches, self._seed = batches, seed
+        if whole and (again := runs_again(model)):  # it sets the generator back, which no graph can
+            raise StudyError(f"a whole step as one graph: backward runs a forward again ({again}), which no graph may")
         trained = [p for p in model.parameters() if p.requires_grad]
         self._updates = Updates([(trained, lr)], steps, capturable=whole)
         self._step = WholeStep(self._once, trained[0].device) if whole else self._once

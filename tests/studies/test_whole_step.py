@@ -118,3 +118,24 @@ def test_a_step_that_waits_for_the_gpu_is_refused_before_its_capture(
     with pytest.raises(StudyError, match="this one waits for the GPU"):
         step(batch)
     assert len(losses) == 1
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWarning")
+@pytest.mark.parametrize("how", ("recompute", "checkpoint", "transformers"))
+def test_a_step_that_runs_forwards_again_is_refused(
+    how: str, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Backward would set the generator back in the capture, and leave it there."""
+    monkeypatch.setattr(cuda_graph, "Recorder", Recorder)
+    model = train.load_model(tiny_model, 2, 0, torch.float32, CPU)
+    pk.tune(model, "layernorm")
+    pk.patch(model, memory="exact" if how == "transformers" else how)
+    if how == "transformers":
+        model.gradient_checkpointing_enable()
+    by = "gradient checkpointing" if how == "transformers" else f"memory='{how}'"
+    with pytest.raises(StudyError, match=f"backward runs a forward again .*, by {by}.*which no graph may"):
+        train.Run(model, batches(), 20, 1e-2, seed=5, whole=True)
+    train.Run(model, batches(), 20, 1e-2, seed=5).step()
+    model.gradient_checkpointing_disable()
+    pk.patch(model, memory="coded")
+    train.Run(model, batches(), 20, 1e-2, seed=5, whole=True).step()
