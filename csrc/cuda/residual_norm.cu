@@ -36,6 +36,12 @@ PETUNE_HD constexpr int blocks_per_multiprocessor(int chunks, int chunk, int sum
   return sums != 0 && count_sums(sums) * chunks * chunk + 5 * 4 * chunks + 60 <= 128 ? 2 : 1;
 }
 
+// Whether gamma stays in registers, packed, over all rows. With four chunks and one sum blocks of 160 threads (H = 5120
+// in 16 bits) fit twice only without it; with three sums no register is left.
+PETUNE_HD constexpr bool keeps_gamma(int chunks, int sums) {
+  return sums != 0 && (chunks < 4 || count_sums(sums) == 2);
+}
+
 // How the rows of a replica are dealt out. Blocks of one replica never touch another's rows.
 struct Rows {
   int64_t per_replica;
@@ -112,14 +118,19 @@ struct Place {
   __device__ int64_t parameter(const Op& op, Shared which, int H) const {
     return op.shared & which ? 0 : g * H;
   }
-  // The mask of one chunk of row i of this replica. Elements are counted within the rows of one seed; a division finds
-  // them only where seeds and replicas differ in number.
-  template <bool kVector, int V>
-  __device__ void drop(const Rows& rows, int64_t i, int column, float (&v)[V]) const {
-    const int64_t row = first_row + i;
-    const int64_t s = rows.seed_per_replica ? g : rows.seeds == 1 ? 0 : row / rows.rows_per_seed;
-    const int64_t element = (row - s * rows.rows_per_seed) * rows.H + column;
-    apply_dropout<kVector>(rows.drop, rows.drop.seed[s], element, v);
+};
+
+// The mask of one row i of a replica: its seed, read once and early. Elements are counted within the rows of one seed;
+// a division finds them only where seeds and replicas differ in number.
+struct Mask {
+  int64_t seed = 0, first_element = 0;
+
+  __device__ Mask(const Rows& rows, const Place& at, int64_t i) {
+    if (rows.drop.seed == nullptr || i >= rows.per_replica) return;
+    const int64_t row = at.first_row + i;
+    const int64_t s = rows.seed_per_replica ? at.g : rows.seeds == 1 ? 0 : row / rows.rows_per_seed;
+    seed = rows.drop.seed[s];
+    first_element = (row - s * rows.rows_per_seed) * rows.H;
   }
 };
 
@@ -127,8 +138,8 @@ struct Place {
 
 // z of one chunk, from x, bias, the mask and the residual, in that order.
 template <typename T, bool kVector>
-__device__ __forceinline__ void make_z(const ResidualNorm& op, const Rows& rows, const Place& at, int64_t i, int column,
-                                       int n, uint4 x, uint4 residual, float (&z)[kChunk<T>]) {
+__device__ __forceinline__ void make_z(const ResidualNorm& op, const Rows& rows, const Place& at, const Mask& mask,
+                                       int column, int n, uint4 x, uint4 residual, float (&z)[kChunk<T>]) {
   constexpr int V = kChunk<T>;
   unpack<T>(x, z);
   if (op.bias != nullptr) {
@@ -137,7 +148,7 @@ __device__ __forceinline__ void make_z(const ResidualNorm& op, const Rows& rows,
 #pragma unroll
     for (int j = 0; j < V; ++j) z[j] += bias[j];
   }
-  if (rows.drop.seed != nullptr) at.drop<kVector>(rows, i, column, z);
+  if (rows.drop.seed != nullptr) apply_dropout<kVector>(rows.drop, mask.seed, mask.first_element + column, z);
   if (op.residual != nullptr) {
     float r[V];
     unpack<T>(residual, r);
@@ -183,6 +194,7 @@ __global__ void __launch_bounds__(kWide, 1) residual_norm_rows(ResidualNorm op, 
        i0 += static_cast<int64_t>(rows.blocks) * rows.groups) {
     const int64_t i = i0 + at.group, row = at.first_row + i, offset = row * rows.H;
     const int width = i < rows.per_replica ? rows.H : 0;
+    const Mask mask(rows, at, i);
     uint4 x[C], residual[C] = {};
 #pragma unroll
     for (int c = 0; c < C; ++c) {
@@ -196,7 +208,7 @@ __global__ void __launch_bounds__(kWide, 1) residual_norm_rows(ResidualNorm op, 
     for (int c = 0; c < C; ++c) {
       const int column = first_column + c * 32 * V;
       if (column < width) {
-        make_z<T, true>(op, rows, at, i, column, width - column, x[c], residual[c], z[c]);
+        make_z<T, true>(op, rows, at, mask, column, width - column, x[c], residual[c], z[c]);
 #pragma unroll
         for (int j = 0; j < V; ++j) sum[0] += z[c][j];
       }
@@ -234,6 +246,7 @@ __global__ void __launch_bounds__(kBlock, 2) residual_norm_any(ResidualNorm op, 
   const float inverse = 1.0f / rows.H;
   for (int64_t i = at.block; i < rows.per_replica; i += rows.blocks) {
     const int64_t row = at.first_row + i, offset = row * rows.H;
+    const Mask mask(rows, at, i);
     const auto each_chunk = [&](auto&& use) {
       for (int column = at.thread * V; column < rows.H; column += kBlock * V) {
         const int n = rows.H - column;
@@ -241,7 +254,7 @@ __global__ void __launch_bounds__(kBlock, 2) residual_norm_any(ResidualNorm op, 
         uint4 residual = make_uint4(0, 0, 0, 0);
         if (op.residual != nullptr) residual = load<kVector>(static_cast<const T*>(op.residual) + offset + column, n);
         float z[V];
-        make_z<T, kVector>(op, rows, at, i, column, n, x, residual, z);
+        make_z<T, kVector>(op, rows, at, mask, column, n, x, residual, z);
         use(column, n, z);
       }
     };
@@ -269,22 +282,25 @@ __global__ void __launch_bounds__(kBlock, 2) residual_norm_any(ResidualNorm op, 
 
 // --------------------------------------------------------------------------------------------------------- backward
 
-// dy, g = dy * gamma and xhat of one chunk. mean matters where the row is z.
 template <typename T, bool kVector>
-__device__ __forceinline__ void make_xhat(const ResidualNormBackward& op, const Rows& rows, const Place& at, int column,
-                                          int n, uint4 dy, uint4 row, float mean, float rstd,
-                                          float (&wide_dy)[kChunk<T>], float (&g)[kChunk<T>],
-                                          float (&xhat)[kChunk<T>]) {
-  constexpr int V = kChunk<T>;
-  unpack<T>(dy, wide_dy);
-  unpack<T>(row, xhat);
-  float gamma[V];
+__device__ __forceinline__ void load_gamma(const ResidualNormBackward& op, const Rows& rows, const Place& at,
+                                           int column, int n, float (&gamma)[kChunk<T>]) {
   if (op.gamma != nullptr) {
     load_param<kVector, T>(op.gamma, rows.param_f32, at.parameter(op, kSharedGamma, rows.H) + column, n, gamma);
   } else {
 #pragma unroll
-    for (int i = 0; i < V; ++i) gamma[i] = 1.0f;
+    for (int i = 0; i < kChunk<T>; ++i) gamma[i] = 1.0f;
   }
+}
+
+// dy, g = dy * gamma and xhat of one chunk. mean matters where the row is z.
+template <typename T>
+__device__ __forceinline__ void make_xhat(const ResidualNormBackward& op, uint4 dy, uint4 row, float mean, float rstd,
+                                          const float (&gamma)[kChunk<T>], float (&wide_dy)[kChunk<T>],
+                                          float (&g)[kChunk<T>], float (&xhat)[kChunk<T>]) {
+  constexpr int V = kChunk<T>;
+  unpack<T>(dy, wide_dy);
+  unpack<T>(row, xhat);
   if (op.row_is_z) {
 #pragma unroll
     for (int i = 0; i < V; ++i) xhat[i] = (xhat[i] - mean) * rstd;
@@ -295,10 +311,9 @@ __device__ __forceinline__ void make_xhat(const ResidualNormBackward& op, const 
 
 // From g and xhat of one chunk: writes d_residual and d_x, leaves d_x in g.
 template <typename T, bool kVector>
-__device__ __forceinline__ void write_d(const ResidualNormBackward& op, const Rows& rows, const Place& at,
-                                        int64_t offset, int64_t i, int column, int n, uint4 dz, float mean_gx,
-                                        float mean_g, float rstd, const float (&xhat)[kChunk<T>],
-                                        float (&g)[kChunk<T>]) {
+__device__ __forceinline__ void write_d(const ResidualNormBackward& op, const Rows& rows, const Mask& mask,
+                                        int64_t offset, int column, int n, uint4 dz, float mean_gx, float mean_g,
+                                        float rstd, const float (&xhat)[kChunk<T>], float (&g)[kChunk<T>]) {
   constexpr int V = kChunk<T>;
 #pragma unroll
   for (int j = 0; j < V; ++j) g[j] = (g[j] - xhat[j] * mean_gx - mean_g) * rstd;
@@ -309,7 +324,7 @@ __device__ __forceinline__ void write_d(const ResidualNormBackward& op, const Ro
     for (int j = 0; j < V; ++j) g[j] += d[j];
   }
   if (op.dresidual != nullptr) store<kVector>(static_cast<T*>(op.dresidual) + offset + column, n, g);
-  if (rows.drop.seed != nullptr) at.drop<kVector>(rows, i, column, g);
+  if (rows.drop.seed != nullptr) apply_dropout<kVector>(rows.drop, mask.seed, mask.first_element + column, g);
   if (op.dx != nullptr) store<kVector>(static_cast<T*>(op.dx) + offset + column, n, g);
 }
 
@@ -317,7 +332,7 @@ template <typename T, int C, int kSums>
 __global__ void __launch_bounds__(most_threads(kSums), blocks_per_multiprocessor(C, kChunk<T>, kSums))
     residual_norm_backward_rows(ResidualNormBackward op, Rows rows, ColumnSums sums) {
   constexpr int V = kChunk<T>;
-  constexpr bool kPrefetch = prefetches(kSums);
+  constexpr bool kPrefetch = prefetches(kSums), kKeepGamma = keeps_gamma(C, kSums);
   __shared__ RowScratch scratch;
   int turn = 0;
   const Place at(rows);
@@ -332,9 +347,10 @@ __global__ void __launch_bounds__(most_threads(kSums), blocks_per_multiprocessor
                                        sum_bias[kSums & kBias ? C : 1][V] = {};
 
   const int64_t step = static_cast<int64_t>(rows.blocks) * rows.groups;
-  const auto load_row = [&](int64_t i, uint4(&dy)[C], uint4(&row)[C]) {
+  const auto load_row = [&](int64_t i, uint4(&dy)[C], uint4(&row)[C], float& rstd) {
     const int64_t offset = (at.first_row + i) * rows.H;
     const int width = i < rows.per_replica ? rows.H : 0;
+    rstd = want_row && width > 0 ? op.rstd[at.first_row + i] : 0.0f;
 #pragma unroll
     for (int c = 0; c < C; ++c) {
       const int column = first_column + c * 32 * V;
@@ -343,18 +359,39 @@ __global__ void __launch_bounds__(most_threads(kSums), blocks_per_multiprocessor
     }
   };
 
+  uint4 kept_gamma[kKeepGamma ? C : 1];
+  const bool kept = kKeepGamma && (sizeof(T) == 4 || !rows.param_f32);
+  if constexpr (kKeepGamma) {
+#pragma unroll
+    for (int c = 0; c < C; ++c) {
+      float gamma[V];
+      const int column = first_column + c * 32 * V;
+      load_gamma<T, true>(op, rows, at, column, rows.H - column, gamma);
+      kept_gamma[c] = pack<T>(gamma);
+    }
+  }
+  const auto gamma_of = [&](int c, float (&gamma)[V]) {
+    if (kept)
+      unpack<T>(kept_gamma[kKeepGamma ? c : 0], gamma);
+    else
+      load_gamma<T, true>(op, rows, at, first_column + c * 32 * V, V, gamma);
+  };
+
   uint4 next_dy[kPrefetch ? C : 1], next_row[kPrefetch ? C : 1] = {};
+  float next_rstd = 0.0f;
   const int64_t begin = static_cast<int64_t>(at.block) * rows.groups;
-  if constexpr (kPrefetch) load_row(begin + at.group, next_dy, next_row);
+  if constexpr (kPrefetch) load_row(begin + at.group, next_dy, next_row, next_rstd);
   for (int64_t i0 = begin; i0 < rows.per_replica; i0 += step) {
     const int64_t i = i0 + at.group, offset = (at.first_row + i) * rows.H;
     const int width = i < rows.per_replica ? rows.H : 0;
+    const Mask mask(rows, at, want_d ? i : rows.per_replica);
     uint4 dy[C], row[C] = {}, dz[C] = {};
+    float rstd = next_rstd;
     if constexpr (kPrefetch) {
 #pragma unroll
       for (int c = 0; c < C; ++c) dy[c] = next_dy[c], row[c] = next_row[c];
     } else {
-      load_row(i, dy, row);
+      load_row(i, dy, row, rstd);
     }
     if (op.dz != nullptr && want_d) {
 #pragma unroll
@@ -363,8 +400,7 @@ __global__ void __launch_bounds__(most_threads(kSums), blocks_per_multiprocessor
         dz[c] = load<true>(static_cast<const T*>(op.dz) + offset + column, width - column);
       }
     }
-    const float rstd = want_row && width > 0 ? op.rstd[at.first_row + i] : 0.0f;
-    if constexpr (kPrefetch) load_row(i + step, next_dy, next_row);
+    if constexpr (kPrefetch) load_row(i + step, next_dy, next_row, next_rstd);
 
     float mean[1] = {0.0f};
     if (want_mean) {
@@ -384,8 +420,9 @@ __global__ void __launch_bounds__(most_threads(kSums), blocks_per_multiprocessor
     for (int c = 0; c < C; ++c) {
       const int column = first_column + c * 32 * V;
       if (column >= width) continue;
-      float wide_dy[V], g[V], xhat[V];
-      make_xhat<T, true>(op, rows, at, column, V, dy[c], row[c], mean[0], rstd, wide_dy, g, xhat);
+      float gamma[V], wide_dy[V], g[V], xhat[V];
+      gamma_of(c, gamma);
+      make_xhat<T>(op, dy[c], row[c], mean[0], rstd, gamma, wide_dy, g, xhat);
 #pragma unroll
       for (int j = 0; j < V; ++j) {
         dots[0] += g[j] * xhat[j];
@@ -402,9 +439,10 @@ __global__ void __launch_bounds__(most_threads(kSums), blocks_per_multiprocessor
     for (int c = 0; c < C; ++c) {
       const int column = first_column + c * 32 * V;
       if (column >= width) continue;
-      float wide_dy[V], g[V], xhat[V];
-      make_xhat<T, true>(op, rows, at, column, V, dy[c], row[c], mean[0], rstd, wide_dy, g, xhat);
-      write_d<T, true>(op, rows, at, offset, i, column, V, dz[c], mean_gx, mean_g, rstd, xhat, g);
+      float gamma[V], wide_dy[V], g[V], xhat[V];
+      gamma_of(c, gamma);
+      make_xhat<T>(op, dy[c], row[c], mean[0], rstd, gamma, wide_dy, g, xhat);
+      write_d<T, true>(op, rows, mask, offset, column, V, dz[c], mean_gx, mean_g, rstd, xhat, g);
       if constexpr ((kSums & kBias) != 0) {
 #pragma unroll
         for (int j = 0; j < V; ++j) sum_bias[c][j] += g[j];
@@ -486,8 +524,9 @@ __global__ void __launch_bounds__(kBlock, 2)
           const int n = rows.H - column;
           const uint4 dy = load<kVector>(static_cast<const T*>(op.dy) + offset + column, n);
           const uint4 saved = load<kVector>(static_cast<const T*>(op.row) + offset + column, n);
-          float wide_dy[V], g[V], xhat[V];
-          make_xhat<T, kVector>(op, rows, at, column, n, dy, saved, mean[0], rstd, wide_dy, g, xhat);
+          float gamma[V], wide_dy[V], g[V], xhat[V];
+          load_gamma<T, kVector>(op, rows, at, column, n, gamma);
+          make_xhat<T>(op, dy, saved, mean[0], rstd, gamma, wide_dy, g, xhat);
 #pragma unroll
           for (int j = 0; j < V; ++j) {
             dots[0] += j < n ? g[j] * xhat[j] : 0.0f;  // past the end 0 * xhat, which may be infinite
@@ -507,23 +546,25 @@ __global__ void __launch_bounds__(kBlock, 2)
     const int tile = static_cast<int>(min(static_cast<int64_t>(kTile), rows.per_replica - i0));
     for (int column = threadIdx.x * V; column < rows.H; column += kBlock * V) {
       const int n = rows.H - column;
-      float sum_gamma[V] = {}, sum_beta[V] = {}, sum_bias[V] = {};
+      float gamma[V], sum_gamma[V] = {}, sum_beta[V] = {}, sum_bias[V] = {};
+      load_gamma<T, kVector>(op, rows, at, column, n, gamma);
       for (int r = 0; r < tile; ++r) {
         const int64_t i = i0 + r, offset = (at.first_row + i) * rows.H;
+        const Mask mask(rows, at, want_d ? i : rows.per_replica);
         const uint4 dy = load<kVector>(static_cast<const T*>(op.dy) + offset + column, n);
         uint4 saved = make_uint4(0, 0, 0, 0), dz = make_uint4(0, 0, 0, 0);
         if (want_row) saved = load<kVector>(static_cast<const T*>(op.row) + offset + column, n);
         if (want_d && op.dz != nullptr) dz = load<kVector>(static_cast<const T*>(op.dz) + offset + column, n);
         float wide_dy[V], g[V], xhat[V];
-        make_xhat<T, kVector>(op, rows, at, column, n, dy, saved, want_row ? tile_mean[r] : 0.0f,
-                              want_row ? tile_rstd[r] : 0.0f, wide_dy, g, xhat);
+        make_xhat<T>(op, dy, saved, want_row ? tile_mean[r] : 0.0f, want_row ? tile_rstd[r] : 0.0f, gamma, wide_dy, g,
+                     xhat);
 #pragma unroll
         for (int j = 0; j < V; ++j) {
           sum_gamma[j] += wide_dy[j] * xhat[j];
           sum_beta[j] += wide_dy[j];
         }
         if (want_d) {
-          write_d<T, kVector>(op, rows, at, offset, i, column, n, dz, tile_gx[r], tile_g[r], tile_rstd[r], xhat, g);
+          write_d<T, kVector>(op, rows, mask, offset, column, n, dz, tile_gx[r], tile_g[r], tile_rstd[r], xhat, g);
 #pragma unroll
           for (int j = 0; j < V; ++j) sum_bias[j] += g[j];
         }
