@@ -7,11 +7,15 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <limits>
+#include <map>
+#include <mutex>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 
 #include "../common/ops.h"
 #include "../common/philox.h"
@@ -44,6 +48,23 @@ inline int multiprocessors() {
   check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
   if (device < kDevices) known[device].store(count, std::memory_order_relaxed);
   return count;
+}
+
+// Blocks of a kernel that a multiprocessor of the current device holds at a time, asked once for each size of block.
+template <typename... P>
+inline int resident_blocks(void (*kernel)(P...), int threads, size_t shared) {
+  static std::mutex mutex;
+  static std::map<std::tuple<void (*)(P...), int, int, size_t>, int> known;
+  int device = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  const std::lock_guard lock(mutex);
+  int& blocks = known[{kernel, device, threads, shared}];
+  if (blocks == 0) {
+    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, shared),
+          "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
+    blocks = std::max(1, blocks);
+  }
+  return blocks;
 }
 
 template <typename I>

@@ -30,7 +30,7 @@ PETUNE_HD constexpr int count_sums(int sums) { return (sums & 1) + (sums >> 1 & 
 PETUNE_HD constexpr bool prefetches(int sums) { return sums != 0; }
 PETUNE_HD constexpr int most_threads(int sums) { return sums == 0 ? kWide : kBlock; }
 
-// Backward blocks on a multiprocessor: two 256-thread blocks leave a thread 128 registers. What it needs is the sums,
+// Backward blocks of 256 threads on a multiprocessor: two leave a thread 128 registers. What it needs is the sums,
 // five packed rows (dy, saved, both again for the next row, dz) and about 60 more.
 PETUNE_HD constexpr int blocks_per_multiprocessor(int chunks, int chunk, int sums) {
   return sums != 0 && count_sums(sums) * chunks * chunk + 5 * 4 * chunks + 60 <= 128 ? 2 : 1;
@@ -71,13 +71,16 @@ Shape shape_of(int H, int chunk, bool aligned, int most) {
   return best;
 }
 
+// Rows of a block at a time.
+int groups_of(Shape shape) { return shape.chunks == 0 ? 1 : std::max(1, kBlock / shape.threads); }
+
 template <typename Op>
 Rows deal(const Op& op, int H, Shape shape, int most_blocks) {
   Rows rows{};
   rows.per_replica = op.T / op.G;
   rows.H = H;
   rows.threads = shape.threads;
-  rows.groups = shape.chunks == 0 ? 1 : std::max(1, kBlock / shape.threads);
+  rows.groups = groups_of(shape);
   const int64_t useful = ceil_div<int64_t>(rows.per_replica, rows.groups);
   rows.blocks = static_cast<int>(std::min<int64_t>(useful, std::max<int64_t>(1, most_blocks / op.G)));
   rows.drop = make_drop(op.seed, op.p);
@@ -586,11 +589,52 @@ __global__ void __launch_bounds__(kBlock, 2)
     finish<T>(sums, at.g, at.g, at.block, rows.H, 0, rows.H);
 }
 
+using BackwardKernel = void (*)(ResidualNormBackward, Rows, ColumnSums);
+
+template <typename T, int C>
+BackwardKernel backward_rows(int sums) {
+  switch (sums) {
+    case 0:
+      return residual_norm_backward_rows<T, C, 0>;
+    case 1:
+      return residual_norm_backward_rows<T, C, 1>;
+    case 2:
+      return residual_norm_backward_rows<T, C, 2>;
+    case 3:
+      return residual_norm_backward_rows<T, C, 3>;
+    case 4:
+      return residual_norm_backward_rows<T, C, 4>;
+    case 5:
+      return residual_norm_backward_rows<T, C, 5>;
+    case 6:
+      return residual_norm_backward_rows<T, C, 6>;
+    default:
+      return residual_norm_backward_rows<T, C, 7>;
+  }
+}
+
+template <typename T>
+BackwardKernel backward_kernel(int chunks, int sums, bool vector) {
+  switch (chunks) {
+    case 1:
+      return backward_rows<T, 1>(sums);
+    case 2:
+      return backward_rows<T, 2>(sums);
+    case 3:
+      return backward_rows<T, 3>(sums);
+    case 4:
+      return backward_rows<T, 4>(sums);
+    default:
+      return vector ? residual_norm_backward_any<T, true> : residual_norm_backward_any<T, false>;
+  }
+}
+
 struct BackwardPlan {
-  Shape shape;
+  BackwardKernel kernel;
   Rows rows;
   ColumnSums sums;
-  int wanted;  // kSums
+  int wanted;     // kSums
+  size_t shared;  // bytes
   size_t workspace;
 };
 
@@ -601,50 +645,22 @@ BackwardPlan plan_backward(const ResidualNormBackward& op) {
   if (op.T == 0 || H == 0) return plan;
   const int chunk = static_cast<int>(16 / dtype_size(op.dtype));
   const bool aligned = aligned16(op.dy, op.dz, op.row, op.gamma, op.dresidual, op.dx);
-  plan.shape = shape_of(H, chunk, aligned, most_threads(plan.wanted));
+  const Shape shape = shape_of(H, chunk, aligned, most_threads(plan.wanted));
+  with_dtype(op.dtype, [&](auto type) {
+    plan.kernel = backward_kernel<decltype(type)>(shape.chunks, plan.wanted, aligned && H % chunk == 0);
+  });
+  const int groups = groups_of(shape);
+  plan.shared = plan.wanted == 0 || groups == 1 ? 0 : sizeof(float) * groups * H;
   // as many blocks as run at once: each more is a row of partials; without sums there are none, and more balance better
-  const bool rows_kernel = plan.shape.chunks != 0;
-  const int per_sm = plan.wanted == 0 ? 8
-                     : rows_kernel    ? blocks_per_multiprocessor(plan.shape.chunks, chunk, plan.wanted)
-                                      : 2;
-  plan.rows = deal(op, H, plan.shape, multiprocessors() * per_sm);
-  if (!rows_kernel)  // a block takes kTile rows at a time
+  const int per_sm = plan.wanted == 0 ? 8 : resident_blocks(plan.kernel, shape.threads * groups, plan.shared);
+  plan.rows = deal(op, H, shape, multiprocessors() * per_sm);
+  if (shape.chunks == 0)  // a block takes kTile rows at a time
     plan.rows.blocks = static_cast<int>(std::min<int64_t>(plan.rows.blocks, ceil_div<int64_t>(op.T / op.G, kTile)));
   void* const out[kMaxSums] = {op.dgamma, op.dbeta, op.dbias};
   if (plan.wanted != 0)
     plan.workspace =
         ColumnSums::plan(plan.sums, op.workspace, op.G, op.G, plan.rows.blocks, H, out, plan.rows.param_f32);
   return plan;
-}
-
-template <typename T, int C, int kSums>
-void launch_backward_rows(const ResidualNormBackward& op, const BackwardPlan& plan, cudaStream_t stream) {
-  const Rows& rows = plan.rows;
-  const size_t shared = kSums == 0 || rows.groups == 1 ? 0 : sizeof(float) * rows.groups * rows.H;
-  const auto kernel = residual_norm_backward_rows<T, C, kSums>;
-  PETUNE_LAUNCH(kernel, grid_of(rows, op.G), rows.threads * rows.groups, shared, stream, op, rows, plan.sums);
-}
-
-template <typename T, int C>
-void launch_backward_rows(const ResidualNormBackward& op, const BackwardPlan& plan, cudaStream_t stream) {
-  switch (plan.wanted) {
-    case 0:
-      return launch_backward_rows<T, C, 0>(op, plan, stream);
-    case 1:
-      return launch_backward_rows<T, C, 1>(op, plan, stream);
-    case 2:
-      return launch_backward_rows<T, C, 2>(op, plan, stream);
-    case 3:
-      return launch_backward_rows<T, C, 3>(op, plan, stream);
-    case 4:
-      return launch_backward_rows<T, C, 4>(op, plan, stream);
-    case 5:
-      return launch_backward_rows<T, C, 5>(op, plan, stream);
-    case 6:
-      return launch_backward_rows<T, C, 6>(op, plan, stream);
-    case 7:
-      return launch_backward_rows<T, C, 7>(op, plan, stream);
-  }
 }
 
 }  // namespace
@@ -688,22 +704,9 @@ void residual_norm_backward(const ResidualNormBackward& op, Stream stream_handle
   }
   if (plan.wanted == 0 && op.dresidual == nullptr && op.dx == nullptr) return;
   plan.sums.start("residual_norm_backward", stream);
-  with_dtype(op.dtype, [&](auto type) {
-    using T = decltype(type);
-    switch (plan.shape.chunks) {
-      case 1:
-        return launch_backward_rows<T, 1>(op, plan, stream);
-      case 2:
-        return launch_backward_rows<T, 2>(op, plan, stream);
-      case 3:
-        return launch_backward_rows<T, 3>(op, plan, stream);
-      case 4:
-        return launch_backward_rows<T, 4>(op, plan, stream);
-    }
-    const bool vector = op.H % kChunk<T> == 0 && aligned16(op.dy, op.dz, op.row, op.gamma, op.dresidual, op.dx);
-    const auto kernel = vector ? residual_norm_backward_any<T, true> : residual_norm_backward_any<T, false>;
-    PETUNE_LAUNCH(kernel, grid_of(plan.rows, op.G), kBlock, 0, stream, op, plan.rows, plan.sums);
-  });
+  const auto kernel = plan.kernel;
+  PETUNE_LAUNCH(kernel, grid_of(plan.rows, op.G), plan.rows.threads * plan.rows.groups, plan.shared, stream, op,
+                plan.rows, plan.sums);
   check_launch("residual_norm_backward");
 }
 

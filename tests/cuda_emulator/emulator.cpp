@@ -388,6 +388,8 @@ cudaError_t cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_t) {
 extern "C" {
 // order: 0 ascending, 1 descending, 2 random (of threads between meeting points, and of blocks). only_last_block: skip
 // the others, to visit the far end of tensors that are too large to go through.
+// Blocks of the last launch.
+unsigned emulator_blocks() { return gridDim.x; }
 void emulator_configure(int order, uint64_t seed, int multiprocessors, int only_last_block) {
   emulator::machine.only_last_block = only_last_block != 0;
   emulator::machine.order = static_cast<emulator::Order>(order);

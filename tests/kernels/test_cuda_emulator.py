@@ -180,6 +180,16 @@ def test_residual_norm_wide(emulator, H, dtype, want):
     check_residual_norm(emulator, 3, H, dtype=dtype, n_seeds=1, want=want)
 
 
+@pytest.mark.parametrize("H, threads", ((768, 256), (5120, 160), (6144, 192), (769, 256)))
+def test_residual_norm_fills_every_multiprocessor(emulator, H, threads):
+    """A sum's blocks are those that run at once, however many threads one has; the emulator says 512 threads."""
+    check_residual_norm(emulator, 67, H, dtype=BF16, gamma=False, n_seeds=1, want=(1, 1, 1, 0, 0))
+    dy, rstd, gamma = rand(67, H, dtype=BF16), torch.ones(67), small(1, H, BF16)
+    emulator.configure(multiprocessors=3)
+    emulator.residual_norm_backward(dy, None, dy, rstd, None, gamma, None, None, 0.0, RMS, False, 1, 0, 0, 1, 0)
+    assert emulator.library.emulator_blocks() == 3 * (512 // threads)
+
+
 @pytest.mark.parametrize("H", (64, 63))
 def test_no_rows(emulator, H):
     for G in (1, 2):
