@@ -76,6 +76,6 @@ def finish(partial: Tensor, out: Tensor, scale: float = 1.0) -> Tensor:
     """Sums float32 partials [S, ...] into out, scaled and cast to its dtype."""
     size = out.numel()
     finish_kernel[(triton.cdiv(size, 128),)](
-        partial, out, scale, partial.shape[0], SIZE=size, BLOCK=128, DEPTH=8, num_warps=4
+        partial, out, scale, partial.shape[0], SIZE=size, BLOCK=128, DEPTH=32, num_warps=4
     )
     return out

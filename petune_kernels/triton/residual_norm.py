@@ -108,7 +108,7 @@ def _add(total, partial, value, mask, IN_MEMORY: tl.constexpr):
 def backward_kernel(
     dy, dz, row_saved, rstd, gamma, seed, dresidual, dx, dbias, dgamma, dbeta, rows_per_group, rows_per_seed,
     limit, keep, H: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, RMS: tl.constexpr, ROW_IS_Z: tl.constexpr,
-    GAMMA_STEP: tl.constexpr, IN_MEMORY: tl.constexpr,
+    GAMMA_STEP: tl.constexpr, IN_MEMORY: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     group, col = tl.program_id(1).to(tl.int64), tl.arange(0, BLOCK)[None, :]
     inside_row = col < H
@@ -120,7 +120,8 @@ def backward_kernel(
     sum_bias = tl.zeros([ROWS, BLOCK], tl.float32)
     sum_gamma = tl.zeros([ROWS, BLOCK], tl.float32)
     sum_beta = tl.zeros([ROWS, BLOCK], tl.float32)
-    for first in range(tl.program_id(0) * ROWS, rows_per_group, tl.num_programs(0) * ROWS):
+    # rows are loaded ahead, but not sums in memory, which this loop writes
+    for first in tl.range(tl.program_id(0) * ROWS, rows_per_group, tl.num_programs(0) * ROWS, num_stages=STAGES):
         within = first + tl.arange(0, ROWS)[:, None]
         row = group * rows_per_group + within
         inside, at = (within < rows_per_group) & inside_row, row * H + col
@@ -177,7 +178,8 @@ def residual_norm_backward(
         G = _many(bias, gamma, beta)
         block, rows, warps = _shape(H)
         in_memory = block > 4096
-        programs = max(1, min(triton.cdiv(T // G, 4 * rows), 2 * processors(dy.device) // G))
+        each = max(2, 16 // warps)  # with two rows ahead some 24 KB in flight on a multiprocessor
+        programs = max(1, min(triton.cdiv(T // G, 4 * rows), each * processors(dy.device) // G))
         make = dy.new_zeros if in_memory else dy.new_empty
         parts = [None if s is None else make([programs, G, H], dtype=torch.float32) for s in small]
         passes = [(dresidual, dx, *parts)]
@@ -188,7 +190,7 @@ def residual_norm_backward(
                 backward_kernel[(programs, G)](
                     dy, dz, row, rstd, gamma, seed, *outputs, T // G, T // (1 if seed is None else seed.numel()),
                     threshold(p), 1.0 / (1.0 - p), H=H, BLOCK=block, ROWS=rows, RMS=rms, ROW_IS_Z=row_is_z,
-                    GAMMA_STEP=_step(gamma), IN_MEMORY=in_memory, num_warps=warps,
+                    GAMMA_STEP=_step(gamma), IN_MEMORY=in_memory, STAGES=1 if in_memory else 3, num_warps=warps,
                 )  # fmt: skip
         for partial, out in zip(parts, small, strict=True):
             if partial is not None and out is not None:
