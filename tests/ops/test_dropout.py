@@ -142,9 +142,6 @@ def test_every_instruction_set(isa: str) -> None:
     code = """if True:
         import torch, petune_kernels as pk
         from petune_kernels.ops.dropout import dropout
-from petune_kernels.ops.lora_linear import lora_linear
-from petune_kernels.ops.residual_norm import residual_norm
-from petune_kernels.studies.measure import saved_bytes
         for dtype in (torch.float32, torch.bfloat16):
             for n in (64, 5003):
                 x, seed = torch.randn(3, n, dtype=dtype), torch.randint(-2**63, 2**63 - 1, (3,))
