@@ -53,14 +53,15 @@ def load_model(
     """The pretrained encoder with a new head of `labels` classes; `seed` alone decides the head. In training mode.
 
     A head that stands in the folder is not used, or its values would take the place of the seed's. Raises InputError
-    where the folder has no config, or no weights as safetensors: pickled ones are not read.
+    where the folder has no config, no weights as safetensors (pickled ones are not read), or not all of the backbone's.
     """
     config = read_config(folder, labels, dropout)
     torch.manual_seed(seed)
     try:
         with _quiet():  # transformers reports the new head, which is what we asked for
-            model = AutoModelForSequenceClassification.from_pretrained(
+            model, info = AutoModelForSequenceClassification.from_pretrained(
                 folder,
+                output_loading_info=True,
                 config=config,
                 local_files_only=True,
                 ignore_mismatched_sizes=True,
@@ -69,8 +70,11 @@ def load_model(
             )
     except (OSError, ValueError) as error:
         raise InputError(f"--model {folder} cannot be loaded as a classifier: {first_line(error)}") from error
-    torch.manual_seed(seed)
     names = set(read(model).head)
+    _check_backbone(folder, set(info["missing_keys"]) - names, "weights of the backbone are missing")
+    other = {key for key, *_ in info["mismatched_keys"]} - names
+    _check_backbone(folder, other, "weights of the backbone have not the shapes of its config")
+    torch.manual_seed(seed)
     for path, module in model.named_modules():
         own = {name: p for name, p in module.named_parameters(path, recurse=False) if name in names}
         for p in own.values():
@@ -78,6 +82,15 @@ def load_model(
         if own:
             model._init_weights(module)
     return model.to(device=device, dtype=dtype).train()
+
+
+def _check_backbone(folder: Path, keys: set[str], how: str) -> None:
+    """Raises InputError where there are such keys: transformers gives them random values."""
+    if keys:
+        listed = ", ".join(sorted(keys)[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
+        hint = "; models for masked words are saved without the pooler, which a classifier reads"
+        pooler = all(".pooler." in key for key in keys)
+        raise InputError(f"--model {folder}: {how}: {listed}{hint if pooler else ''}")
 
 
 def random_model(config: Any, layers: int, dtype: torch.dtype, device: torch.device) -> nn.Module:

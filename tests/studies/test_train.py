@@ -11,8 +11,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import GPT2Config
+from transformers import BertForMaskedLM, BertForSequenceClassification, GPT2Config
 
 import petune_kernels as pk
 from petune_kernels.studies import measure, train
@@ -224,3 +225,22 @@ def test_pickled_weights_are_not_read(tiny_model: Path, tmp_path: Path) -> None:
     (folder / "model.safetensors").unlink()
     with pytest.raises(InputError, match="cannot be loaded as a classifier: .*safetensors"):
         train.load_model(folder, 2, 0, torch.float32, torch.device("cpu"))
+
+
+def test_a_backbone_that_is_not_whole_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    """transformers fills what is missing with random values, and a "pretrained" model would depend on the seed."""
+    folder = shutil.copytree(tiny_model, tmp_path / "cut")
+    whole = load_file(folder / "model.safetensors")
+    cut = {name: value for name, value in whole.items() if ".layer.1." not in name}
+    save_file(cut, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=r"cut: .* missing: bert\.encoder\.layer\.1\..* and 13 more$"):
+        train.load_model(folder, 2, 0, torch.float32, CPU)
+    wide = BertForSequenceClassification.from_pretrained(tiny_model).config
+    save_file(whole, folder / "model.safetensors", {"format": "pt"})
+    wide.intermediate_size = 48
+    wide.save_pretrained(folder)
+    with pytest.raises(InputError, match="not the shapes of its config: .*intermediate"):
+        train.load_model(folder, 2, 0, torch.float32, CPU)
+    BertForMaskedLM.from_pretrained(tiny_model).save_pretrained(tmp_path / "masked")
+    with pytest.raises(InputError, match=r"missing: bert\.pooler\.dense\.bias, .*saved without the pooler"):
+        train.load_model(tmp_path / "masked", 2, 0, torch.float32, CPU)
