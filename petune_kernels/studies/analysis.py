@@ -29,31 +29,52 @@ ROWS = 200
 
 @torch.no_grad()
 def features(model: nn.Module, tokenizer: Any, examples: Examples, length: int = 128, batch: int = 32) -> np.ndarray:
-    """What the model's last linear of the head is given, as float32 [rows, width], dropout off.
+    """What the model's head is given, as float32 [rows, width], dropout off: the backbone's work, not the head's.
 
-    Raises InputError for a model without a linear outside its base model.
+    Of a sequence [B, S, H] the first position where the head reads no other one, else the mean over the tokens. Raises
+    InputError for a model without a head.
     """
     unwrap: Any = getattr(model, "get_base_model", lambda: model)  # what PEFT has wrapped
     plain: nn.Module = unwrap()
-    base = getattr(plain, "base_model", None)
-    inside = {id(m) for m in base.modules()} if isinstance(base, nn.Module) and base is not plain else set()
-    heads = [m for m in plain.modules() if isinstance(m, nn.Linear) and id(m) not in inside]
+    base = getattr(plain, "base_model", plain)
+    heads = [m for m in plain.children() if base is not plain and m is not base and any(True for _ in m.parameters())]
     if not heads:
-        raise InputError(f"{type(model).__name__} has no linear outside its base model whose input could be read")
-    found: list[Tensor] = []
-    handle = heads[-1].register_forward_pre_hook(lambda module, inputs: found.append(inputs[0].float().cpu()))
-    training, device = model.training, heads[-1].weight.device
+        raise InputError(f"{type(model).__name__} has no head whose input could be read")
+    texts = (examples.texts,) if examples.pairs is None else (examples.texts, examples.pairs)
+    found, first_alone = list[Tensor](), None
+    training, device = model.training, next(model.parameters()).device
     model.eval()
     try:
         for start in range(0, len(examples), batch):
-            part = examples.take(range(start, min(start + batch, len(examples))))
-            texts = (part.texts, part.pairs) if part.pairs is not None else (part.texts,)
-            inputs = tokenizer(*texts, truncation=True, max_length=length, padding=True, return_tensors="pt")
-            model(**inputs.to(device))
+            part = [column[start : start + batch] for column in texts]
+            made = tokenizer(*part, truncation=True, max_length=length, padding=True, return_tensors="pt").to(device)
+            given, logits = _head_input(model, heads[0], made)
+            if given.dim() == 3 and first_alone is None:
+                first_alone = torch.equal(logits, _head_input(model, heads[0], made, first_alone=True)[1])
+            if given.dim() == 3:
+                mask = made["attention_mask"].unsqueeze(-1).to(given)
+                given = given[:, 0] if first_alone else (given * mask).sum(1) / mask.sum(1)
+            found.append(given.float().cpu())
     finally:
-        handle.remove()
         model.train(training)
     return torch.cat(found).numpy()
+
+
+def _head_input(model: nn.Module, head: nn.Module, inputs: Any, first_alone: bool = False) -> tuple[Tensor, Tensor]:
+    """What the head's first module is given, and the logits; first_alone: of a sequence whose other positions are 0."""
+    seen: list[Tensor] = []
+
+    def hook(module: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        seen.append(given[0])
+        rest = torch.zeros_like(given[0][:, 1:])
+        return (torch.cat([given[0][:, :1], rest], 1), *given[1:]) if first_alone else None
+
+    handle = head.register_forward_pre_hook(hook)
+    try:
+        logits = model(**inputs).logits
+    finally:
+        handle.remove()
+    return seen[0], logits
 
 
 def feature_change(before: np.ndarray, after: np.ndarray) -> float:
@@ -122,7 +143,8 @@ def analyse(study: Study, folder: Path, device: str, say: Callable[[str], None] 
             recipe = runner.recipe_of(study, one)
             before = load_model(source, task.labels, first, DTYPES[recipe.dtype], torch.device(device))
             length = recipe.length
-            state = before.state_dict()
+            head = read(before).head  # random: nothing that tuning could start from
+            state = {name: value for name, value in before.state_dict().items() if name not in head}
             numbers[one.method.title] = {"features": {}, "weights": weight_change(model, state)}
             moved[one.method.title] = _by_block(numbers[one.method.title]["weights"], state)
             for name, part in parts.items():
