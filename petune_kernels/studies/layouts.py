@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .cells import Cell, Key, Record, arrow, cells, compared, mean_std, most_runs
-from .statistics import Comparison, average, compare, correct
+from .statistics import Comparison, Summary, average, compare, correct
 from .study import Study
 
 Compared = Mapping[Key, Comparison]
@@ -138,26 +138,32 @@ def _main(study: Study, found: Sequence[Cell], comparisons: Compared) -> Grid:
     at, most = {(c.method, c.column): c for c in found}, most_runs(found)
     outside = tuple(f"→ {name}" for task in study.tasks for name in task.out_of_domain)
     own = [i for i, column in enumerate(columns) if not column.endswith(outside or "\n")]
-    rows, means = [], []
+    rows, ranked = [], list[list[Summary | None]]()
     for method in methods:
         mine = [at.get((method, column)) for column in columns]
         present = [cell for cell in mine if cell is not None]
         texts = [mean_std(c.summary, most, arrow(comparisons, c)) if c else "-" for c in mine]
-        means.append([c.summary.mean if c else math.nan for c in mine])
+        ranked.append([c.summary if c else None for c in mine])
         if len(own) > 1:
-            mean = sum(means[-1][i] for i in own) / len(own)
-            means[-1].append(mean)
-            texts.append("-" if math.isnan(mean) else f"{100 * mean:.1f}")
+            ranked[-1].append(_average([mine[i] for i in own]))
+            texts.append(mean_std(ranked[-1][-1], most) if ranked[-1][-1] else "-")
         rows.append([method, ", then ".join(_share(p) for p in present[0].percents), *texts])
     strong: dict[tuple[int, int], int] = {}
-    for c in range(len(means[0])):
-        shown = {r: round(100 * means[r][c], 1) for r in range(len(rows)) if not math.isnan(means[r][c])}
+    for c, column in enumerate(zip(*ranked, strict=True)):
+        whole = {r: s for r, s in enumerate(column) if s and s.n == most}  # a mean of fewer runs is no best
+        shown = {r: round(100 * s.mean, 1) for r, s in whole.items()}
         places = {r: 1 + sum(other > mean for other in shown.values()) for r, mean in shown.items()}  # equal: one place
         strong |= {(r, c + 2): place for r, place in places.items() if place <= 2}
     head = ["method", "% trained", *columns, *(["Avg."] if len(own) > 1 else [])]
     notes = _notes(study, found)
     notes.insert(1, "% trained: of the pretrained model, stage by stage, without the head where more than it trains.")
     return Grid(study.name, head, rows, notes, strong)
+
+
+def _average(found: Sequence[Cell | None]) -> Summary | None:
+    """Of the tasks within each run, then over runs; None where a task has no runs, or the tasks share none."""
+    by_seed = [cell.by_seed for cell in found if cell is not None]
+    return average(by_seed) if len(by_seed) == len(found) and set.intersection(*map(set, by_seed)) else None
 
 
 def _notes(study: Study, found: Sequence[Cell]) -> list[str]:
@@ -206,8 +212,8 @@ def _bands(study: Study, found: Sequence[Cell], comparisons: Compared) -> list[G
         for column in columns:
             row = [at.get((method, column)) for method in methods]
             rows.append([column, *(mean_std(c.summary, most, arrow(comparisons, c)) if c else "-" for c in row)])
-        by_seed = {m: [at[m, c].by_seed for c in columns] for m in methods if all((m, c) in at for c in columns)}
-        averages = {m: average(tasks) for m, tasks in by_seed.items() if set.intersection(*map(set, tasks))}
+        means = {m: _average([at.get((m, c)) for c in columns]) for m in methods}
+        averages = {m: mean for m, mean in means.items() if mean}
         verdict = {}
         if base := averages.get(study.reference):
             others = [m for m in averages if m != study.reference and min(averages[m].n, base.n) > 1]
