@@ -200,29 +200,39 @@ def _layers(layered: Sequence[Cell], whole: Sequence[Cell]) -> Grid:
 
 
 def _bands(study: Study, found: Sequence[Cell], comparisons: Compared) -> list[Grid]:
-    """Tasks down in bands of training rows, methods across, and arrows of the band averages (Tables 2 and 3)."""
+    """Tasks down in bands of training rows, methods across, and arrows of the band averages (Tables 2 and 3).
+
+    The averages' comparisons of all bands are one family of a correction: one table shows them.
+    """
     methods, most = _order(c.method for c in found), most_runs(found)
-    rows, verdicts = [], []
+    bands: dict[str, list[Cell]] = {}
     for band, least, over in BANDS:
-        mine = [c for c in found if least <= c.rows < over and "→" not in c.column]  # a task's own test part
-        if not mine:
-            continue
+        if mine := [c for c in found if least <= c.rows < over and "→" not in c.column]:  # a task's own test part
+            bands[band] = mine
+    averages: dict[tuple[str, str], Summary] = {}
+    for band, mine in bands.items():
         at = {(c.method, c.column): c for c in mine}
-        columns = _order(c.column for c in mine)
-        for column in columns:
+        for method in methods:
+            if mean := _average([at.get((method, column)) for column in _order(c.column for c in mine)]):
+                averages[band, method] = mean
+    pairs = {
+        (band, method): compare(mean, base, study.test, study.alpha)
+        for (band, method), mean in averages.items()
+        if method != study.reference and (base := averages.get((band, study.reference))) and min(mean.n, base.n) > 1
+    }
+    verdict = dict(zip(pairs, correct(list(pairs.values()), study.correction, study.alpha), strict=True))
+    rows, verdicts = [], []
+    for band, mine in bands.items():
+        at = {(c.method, c.column): c for c in mine}
+        for column in _order(c.column for c in mine):
             row = [at.get((method, column)) for method in methods]
             rows.append([column, *(mean_std(c.summary, most, arrow(comparisons, c)) if c else "-" for c in row)])
-        means = {m: _average([at.get((m, c)) for c in columns]) for m in methods}
-        averages = {m: mean for m, mean in means.items() if mean}
-        verdict = {}
-        if base := averages.get(study.reference):
-            others = [m for m in averages if m != study.reference and min(averages[m].n, base.n) > 1]
-            pairs = [compare(averages[m], base, study.test, study.alpha) for m in others]
-            verdict = dict(zip(others, [c.arrow for c in correct(pairs, study.correction, study.alpha)], strict=True))
-        average_row = [mean_std(averages[m], most, verdict.get(m, "")) if m in averages else "-" for m in methods]
-        rows.append([f"Avg. ({band})", *average_row])
+        arrows = {m: verdict[band, m].arrow for m in methods if (band, m) in verdict}
+        means = [averages.get((band, m)) for m in methods]
+        texts = [mean_std(s, most, arrows.get(m, "")) if s else "-" for m, s in zip(methods, means, strict=True)]
+        rows.append([f"Avg. ({band})", *texts])
         words = {"up": "↗", "down": "↘", "none": "→"}
-        verdicts.append([band, *(words[verdict[m]] if m in verdict else "-" for m in methods if m != study.reference)])
+        verdicts.append([band, *(words[arrows[m]] if m in arrows else "-" for m in methods if m != study.reference)])
     grids = [Grid("By training rows", ["task", *methods], rows, _notes(study, found))]
     if study.reference:
         others = [m for m in methods if m != study.reference]
