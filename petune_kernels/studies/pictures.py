@@ -47,7 +47,7 @@ def draw(study: Study, records: Sequence[Record], folder: Path) -> list[Path]:
         save(densities(whole), "densities.png")
         save(layer_curve(layered, whole), "layers.png")
         if curves := by_samples(whole):
-            save(iterations(curves, whole[0].records[0]["primary"]), "iterations.png")
+            save(iterations(curves), "iterations.png")
     return written
 
 
@@ -121,6 +121,7 @@ def seed_points(found: Sequence[Cell]) -> Figure | None:
         _name_ticks(axis, methods)
         axis.grid(axis="y", alpha=0.25)
     _alike(axes, [next(c for c in found if c.column == column).records[0]["task"] for column in columns])
+    figure.suptitle("point: a run; diamond: mean ± 1 standard deviation", fontsize=8)
     if len(ways) > 1:
         handles = [
             matplotlib.lines.Line2D([], [], color=COLOURS[i % len(COLOURS)], marker="o", linestyle="")
@@ -136,9 +137,9 @@ def seed_points(found: Sequence[Cell]) -> Figure | None:
 
 def best_of_runs(found: Sequence[Cell], reference: str) -> Figure | None:
     """Figure 3 of the second paper: how far a method's best run lies above the reference's best, relatively."""
-    best = {(c.method, c.column): c.summary.best for c in found}
+    best = {(c.method, _place(c)): c.summary.best for c in found}
     methods = [m for m in _unique(c.method for c in found) if m != reference]
-    columns = [c for c in _unique(c.column for c in found) if best.get((reference, c), 0) > 0]
+    columns = [c for c in _unique(map(_place, found)) if best.get((reference, c), 0) > 0]
     if not columns or not methods:
         return None
     figure, (axis,) = _panels(1, max(5.0, 0.28 * len(columns) * len(methods) + 2))
@@ -153,6 +154,11 @@ def best_of_runs(found: Sequence[Cell], reference: str) -> Figure | None:
     axis.grid(axis="y", alpha=0.25)
     figure.legend(loc="outside right upper", frameon=False)
     return figure
+
+
+def _place(cell: Cell) -> str:
+    """A column of a study whose runs stop in several ways is one for each of them."""
+    return f"{cell.column}, stop on {cell.stop_on}" if cell.stop_on else cell.column
 
 
 def densities(found: Sequence[Cell]) -> Figure | None:
@@ -215,46 +221,52 @@ def layer_curve(layered: Sequence[Cell], whole: Sequence[Cell]) -> Figure | None
         axis.grid(alpha=0.25)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    figure.suptitle("mean ± 1 standard deviation", fontsize=8)
     return figure
 
 
-def by_samples(found: Sequence[Cell]) -> dict[str, dict[str, list[tuple[int, float]]]]:
-    """Method -> task -> validation curve, mean over the runs, of tasks that are samples of one data set.
+Panel = tuple[str, str, str]
+"""Of the study of training iterations: method, data set and metric."""
+
+
+def by_samples(found: Sequence[Cell]) -> dict[Panel, dict[str, list[tuple[int, float]]]]:
+    """Panel -> task -> validation curve, mean over the runs, of tasks that are samples of one data set.
 
     Steps that only some of the runs reached are left out.
     """
-    own = [c for c in found if "→" not in c.column]
-    sizes: dict[str, set[int]] = {}
-    for c in own:
-        sizes.setdefault(c.records[0]["source"], set()).add(c.rows)
-    curves: dict[str, dict[str, list[tuple[int, float]]]] = {}
-    for c in sorted(own, key=lambda c: c.rows):
-        if len(sizes[c.records[0]["source"]]) < 2:
+    panels: dict[Panel, list[Cell]] = {}
+    for c in sorted(found, key=lambda c: c.rows):
+        if "→" not in c.column:
+            panels.setdefault((c.method, c.records[0]["source"], c.records[0]["primary"]), []).append(c)
+    curves: dict[Panel, dict[str, list[tuple[int, float]]]] = {}
+    for panel, samples in panels.items():
+        if len({c.rows for c in samples}) < 2:
             continue
-        at: dict[int, list[float]] = {}
-        for record in c.records:
-            for entry in record["outcome"]["history"]:
-                if (reached := entry.get(record["primary"])) is not None:
-                    at.setdefault(entry["step"], []).append(100 * reached)
-        whole = max((len(values) for values in at.values()), default=0)
-        points = [(step, sum(v) / len(v)) for step, v in sorted(at.items()) if len(v) == whole]
-        if len(points) > 1:
-            curves.setdefault(c.method, {})[f"{c.column} ({c.rows:,} rows)"] = points
+        for c in samples:
+            at: dict[int, list[float]] = {}
+            for record in c.records:
+                for entry in record["outcome"]["history"]:
+                    if (reached := entry.get(record["primary"])) is not None:
+                        at.setdefault(entry["step"], []).append(100 * reached)
+            whole = max((len(values) for values in at.values()), default=0)
+            points = [(step, sum(v) / len(v)) for step, v in sorted(at.items()) if len(v) == whole]
+            if len(points) > 1:
+                curves.setdefault(panel, {})[f"{_place(c)} ({c.rows:,} rows)"] = points
     return curves
 
 
-def iterations(curves: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]], metric: str) -> Figure:
+def iterations(curves: Mapping[Panel, Mapping[str, Sequence[tuple[int, float]]]]) -> Figure:
     """Validation against training steps; panel -> curve -> (step, value in percent) pairs. Lines differ by curve.
 
     The second paper's study of training iterations has a panel a method and the curves 1k (solid) and 2k (dashed).
     """
     with matplotlib.rc_context(STYLE):
         figure, axes = _panels(len(curves), 4.0)
-        for axis, (title, lines) in zip(axes, curves.items(), strict=True):
+        for axis, ((method, _, metric), lines) in zip(axes, curves.items(), strict=True):
             for i, (name, points) in enumerate(lines.items()):
                 style: dict[str, Any] = {"color": COLOURS[i % len(COLOURS)], "linestyle": LINES[i % len(LINES)]}
                 axis.plot(*zip(*points, strict=True), label=name, **style)
-            axis.set(title=title, xlabel="training steps", ylabel=f"{metric}, %")
+            axis.set(title=method, xlabel="training steps", ylabel=f"{metric}, %")
             axis.grid(alpha=0.25)
             axis.legend(frameon=False, fontsize=8)
         return figure

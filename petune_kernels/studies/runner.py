@@ -145,7 +145,7 @@ def describe(run: Run, task: TaskData) -> dict[str, Any]:
     return {
         "id": run.id,
         "task": run.task.title,
-        "source": run.task.name,
+        "source": run.task.source,
         "data": task.fingerprint,
         "method": run.method.title,
         "label": run.method.label or run.method.name,

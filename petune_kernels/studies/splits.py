@@ -97,6 +97,12 @@ class TaskSpec:
         return f"a task of {'GLUE or SuperGLUE' if self.name in NAMED else 'the package index'}"
 
     @property
+    def source(self) -> str:
+        """Which texts: the same for samples of one data set, whatever the tasks' names."""
+        named = self.name if self.path is None else f"{self.name} in {self.path}"
+        return self.file or " ".join(filter(None, [self.dataset, self.subset])) or named
+
+    @property
     def title(self) -> str:
         return self.label or self.name
 

@@ -352,8 +352,9 @@ def test_samples_of_one_data_set_give_curves_of_training_iterations(tmp_path: Pa
     for r in found:
         r["rows"]["train"] = {"1k": 1000, "2k": 2000}.get(r["task"], 50)
     curves = pictures.by_samples([c for c in cells(which, found) if c.summary.n])
-    assert list(curves["FT"]) == ["1k (1,000 rows)", "2k (2,000 rows)"]
-    assert curves["FT"]["1k (1,000 rows)"] == [(10, pytest.approx(70)), (20, pytest.approx(75))]
+    assert list(curves) == [("FT", "movie", "accuracy")]
+    assert list(curves["FT", "movie", "accuracy"]) == ["1k (1,000 rows)", "2k (2,000 rows)"]
+    assert curves["FT", "movie", "accuracy"]["1k (1,000 rows)"] == [(10, pytest.approx(70)), (20, pytest.approx(75))]
     assert "iterations.png" in [path.name for path in pictures.draw(which, found, tmp_path)]
 
 
@@ -388,6 +389,6 @@ def test_features_and_weights_of_a_model(tiny_model: Path, tmp_path: Path) -> No
     points = np.random.default_rng(0).normal(size=(40, 8)) + 5 * np.array(labels)[:, None]
     pictures.tsne({"train": (points, labels), "dev": (points, labels)}, ["no", "yes"]).savefig(tmp_path / "tsne.png")
     pictures.bars({"FT": changes | {"other": 1.0}}, "Change of weights", "mean |Δw|").savefig(tmp_path / "bars.png")
-    curves = {"LoRA": {"1k": [(10, 50.0), (20, 60.0)], "2k": [(10, 52.0), (20, 64.0)]}}
-    pictures.iterations(curves, "accuracy").savefig(tmp_path / "iterations.png")
+    curves = {("LoRA", "movie", "accuracy"): {"1k": [(10, 50.0), (20, 60.0)], "2k": [(10, 52.0), (20, 64.0)]}}
+    pictures.iterations(curves).savefig(tmp_path / "iterations.png")
     assert all((tmp_path / f"{name}.png").stat().st_size > 5000 for name in ("tsne", "bars", "iterations"))
