@@ -19,7 +19,8 @@ Key = tuple[str, str, str, str, bool]
 class Cell:
     """All runs of one method on one column. column: task, protocol and test part in words; rows: of training.
 
-    layers_of: the title of the method with each_layer of which this is one layer; "" for every other method.
+    layers_of: the title of the method with each_layer of which this is one layer; "" for every other method. own: on
+    the test part that the task's protocol cuts, not on a further one or another task's.
     """
 
     column: str
@@ -28,6 +29,7 @@ class Cell:
     stop_on: str
     patched: bool
     layers_of: str
+    own: bool
     summary: Summary
     values: tuple[float | None, ...]
     records: tuple[Record, ...]
@@ -60,15 +62,20 @@ def _percent(trained: int, head: int, total: int) -> float:
     return 100 * (head if not trained else trained + head if trained + head == total else trained) / total
 
 
-def value(record: Record, part: str = "test") -> float | None:
+def value(record: Record, part: str) -> float | None:
     """The primary metric of a test part at the selected checkpoint; None for a run that diverged."""
     outcome = record["outcome"]
     return None if outcome["failed"] else outcome["test"].get(part, {}).get(record["primary"])
 
 
+def _is_own(record: Record, part: str) -> bool:
+    """The first test part, which the protocol is about, whatever its name."""
+    return part == next(iter(record["baseline"]))
+
+
 def column_name(record: Record, part: str) -> str:
     halves = {"dev1-dev2": " 1-2", "dev2-dev2": " 2-2 (leaks)", "dev-dev": " (leaks)"}.get(record["protocol"], "")
-    return record["task"] + halves + ("" if part == "test" else f" → {part}")
+    return record["task"] + halves + ("" if _is_own(record, part) else f" → {part}")
 
 
 def cells(study: Study, records: Iterable[Record]) -> list[Cell]:
@@ -85,7 +92,8 @@ def cells(study: Study, records: Iterable[Record]) -> list[Cell]:
         first, part = group[0]
         method, summary = _method_of(study, first), summarise(values, first["baseline"][part])
         layers_of = method.title if method.each_layer else ""
-        found.append(Cell(*key, layers_of, summary, values, tuple(record for record, _ in group)))
+        own, of = _is_own(first, part), tuple(record for record, _ in group)
+        found.append(Cell(*key, layers_of, own, summary, values, of))
     return found
 
 

@@ -207,7 +207,7 @@ def _bands(study: Study, found: Sequence[Cell], comparisons: Compared) -> list[G
     methods, most = _order(c.method for c in found), most_runs(found)
     bands: dict[str, list[Cell]] = {}
     for band, least, over in BANDS:
-        if mine := [c for c in found if least <= c.rows < over and "→" not in c.column]:  # a task's own test part
+        if mine := [c for c in found if c.own and least <= c.rows < over]:
             bands[band] = mine
     averages: dict[tuple[str, str], Summary] = {}
     for band, mine in bands.items():
@@ -283,7 +283,7 @@ def _cost(study: Study, found: Sequence[Cell], comparisons: Compared) -> Grid:
     What it reaches is of the first way of varying seeds, as in the main table, and its costs are of all.
     """
     rows: list[list[str]] = []
-    own = [c for c in found if "→" not in c.column]
+    own = [c for c in found if c.own]
     for column, method, stop_on in _order((c.column, c.method, c.stop_on) for c in own):
         mine = [c for c in own if (c.column, c.method, c.stop_on) == (column, method, stop_on)]
         pairs: dict[tuple[Any, ...], dict[bool, dict[str, Any]]] = {}

@@ -236,7 +236,7 @@ def by_samples(found: Sequence[Cell]) -> dict[Panel, dict[str, list[tuple[int, f
     """
     panels: dict[Panel, list[Cell]] = {}
     for c in sorted(found, key=lambda c: c.rows):
-        if "→" not in c.column:
+        if c.own:
             panels.setdefault((c.method, c.records[0]["source"], c.records[0]["primary"]), []).append(c)
     curves: dict[Panel, dict[str, list[tuple[int, float]]]] = {}
     for panel, samples in panels.items():

@@ -160,8 +160,12 @@ def describe(run: Run, task: TaskData) -> dict[str, Any]:
         "patched": run.patched,
         "primary": task.primary,
         "baseline": task.baseline,
-        "rows": {"train": len(task.train), "validation": len(task.validation), "dropped": task.dropped}
-        | {name: len(part) for name, part in task.tests.items()},
+        "rows": {
+            "train": len(task.train),
+            "validation": len(task.validation),
+            "dropped": task.dropped,
+            "tests": {name: len(part) for name, part in task.tests.items()},
+        },
     }
 
 

@@ -263,7 +263,12 @@ def test_a_study_in_earnest(tiny_model: Path, tiny_csv: Path, tmp_path: Path) ->
         outcome = record["outcome"]
         assert outcome["failed"] is None and "model" not in outcome and outcome["stages"][0]["peak_bytes"] > 0
         assert [entry["step"] for entry in outcome["history"]] == [2, 4]
-        assert record["rows"] == {"train": 48, "validation": 24, "dropped": record["rows"]["dropped"], "test": 32}
+        assert record["rows"] == {
+            "train": 48,
+            "validation": 24,
+            "dropped": record["rows"]["dropped"],
+            "tests": {"test": 32},
+        }
     (full,), (lora,) = found[0]["outcome"]["stages"], found[2]["outcome"]["stages"]
     assert full["trained"] + full["head"] == found[0]["outcome"]["total"] > lora["trained"] > 0
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from petune_kernels.studies import layouts
+from typing import Any
+
+from petune_kernels.studies import layouts, runner
+from petune_kernels.studies.tasks import Examples, TaskData
 
 from .test_study_tables import records, study
 
@@ -37,3 +40,21 @@ def test_the_verdicts_of_all_bands_are_one_family_under_a_correction() -> None:
         verdicts[correction] = grids["Against FT, by training rows"].rows
     assert verdicts["none"] == [["low", "↘", "↘"], ["high", "↘", "↘"]]
     assert verdicts["bonferroni"] == [["low", "→", "↘"], ["high", "→", "↘"]]
+
+
+def test_a_test_part_may_have_any_name() -> None:
+    """What the protocol is about is the first test part, and one called "validation" is not counted as that part."""
+    which = study(methods=[{"name": "full", "label": "FT"}])
+
+    def rows(count: int) -> Examples:
+        return Examples(["a"] * count, None, [0, 1] * (count // 2))
+
+    found: list[dict[str, Any]] = records(which)
+    data = TaskData(rows(8), rows(2), {"validation": rows(4), "test": rows(6)}, 2, "accuracy")
+    for run, r in zip(which.runs(), found, strict=True):
+        r |= {key: value for key, value in runner.describe(run, data).items() if key in ("rows", "baseline")}
+        r["outcome"]["test"]["validation"] = {"accuracy": 0.9}
+    assert found[0]["rows"]["validation"] == 2 and found[0]["rows"]["tests"] == {"validation": 4, "test": 6}
+    main, bands = layouts.tables(which, found)[:2]
+    assert main.columns[2:6] == ["movie", "movie → test", "amazon", "amazon → test"]
+    assert [row[1] for row in bands.rows] == ["90.0±0.0"] * 3
