@@ -146,7 +146,7 @@ def analyse(study: Study, folder: Path, device: str, say: Callable[[str], None] 
             head = read(before).head  # random: nothing that tuning could start from
             state = {name: value for name, value in before.state_dict().items() if name not in head}
             numbers[one.method.title] = {"features": {}, "weights": weight_change(model, state)}
-            moved[one.method.title] = _by_block(numbers[one.method.title]["weights"], state)
+            moved[one.method.title] = _by_block(numbers[one.method.title]["weights"], before)
             for name, part in parts.items():
                 now = features(model, tokenizer, part, length)
                 change = feature_change(features(before, tokenizer, part, length), now)
@@ -173,11 +173,13 @@ def analyse(study: Study, folder: Path, device: str, say: Callable[[str], None] 
     return written
 
 
-def _by_block(changes: Mapping[str, float], pretrained: Mapping[str, Tensor]) -> dict[str, float]:
+def _by_block(changes: Mapping[str, float], model: nn.Module) -> dict[str, float]:
     """Mean change of a block's scalars, from its parameters' means; what is in no block is left out."""
-    groups: dict[int, list[str]] = {}
-    for name in changes:
-        if found := re.search(r"\.(\d+)\.", name):
-            groups.setdefault(int(found[1]), []).append(name)
-    sums = {k: sum(changes[n] * pretrained[n].numel() for n in names) for k, names in sorted(groups.items())}
-    return {f"block {k + 1}": total / sum(pretrained[n].numel() for n in groups[k]) for k, total in sums.items()}
+    anatomy = read(model)
+    means = {}
+    for k in range(len(anatomy.blocks)):
+        mine = {m.name: anatomy.parameters[m.name].numel() for m in anatomy.members if m.block == k}
+        found = {name: count for name, count in mine.items() if name in changes}
+        if found:
+            means[f"block {k + 1}"] = sum(changes[n] * count for n, count in found.items()) / sum(found.values())
+    return means

@@ -25,6 +25,8 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from petune_kernels.regimes.structure import read
+
 from . import cache, machine, splits, store
 from .errors import InputError, StudyError
 from .study import Run, Study, check_keys
@@ -58,9 +60,9 @@ def plan(study: Study, say: Callable[[str], None] = lambda line: None) -> list[R
     layers = None
     folder = model_folder(study.model, say)
     if any(method.each_layer for method in study.methods):
-        from .train import read_config
+        from . import shapes
 
-        layers = read_config(folder, 2).num_hidden_layers
+        layers = len(read(shapes.empty_model(str(folder), 2)).blocks)
     runs = study.runs(layers)
     for run in {run.method.title + run.stop_on: run for run in runs}.values():
         method_of(run)

@@ -17,6 +17,7 @@ from petune_kernels.studies.tasks import Examples
 
 from .test_study import CONTENT
 
+RECIPE = {"lr": 1e-3, "steps": 3, "length": 16}
 SMALL: dict[str, Any] = {
     "hidden_size": 32,
     "num_hidden_layers": 2,
@@ -28,6 +29,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "bert": SMALL,
     "roberta": SMALL,
     "deberta-v2": SMALL,
+    "albert": SMALL | {"embedding_size": 16},
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 40},
     "bart": {
         "d_model": 32,
@@ -82,7 +84,7 @@ def test_linear_probing_changes_no_features_and_no_weights(
             "model": str(folder_of(kind, tiny_model, tmp_path / "model")),
             "tasks": [{"name": "tiny", "file": str(tiny_csv), "train_rows": 40, "test_rows": 30}],
             "methods": [{"name": "full", "label": "FT"}, {"name": "lp"}],
-            "recipe": {"lr": 1e-3, "steps": 3, "length": 16},
+            "recipe": RECIPE,
             "seeds": {"runs": 1},
         }
     )
@@ -92,3 +94,20 @@ def test_linear_probing_changes_no_features_and_no_weights(
     assert found["lp"]["features"] == {"train": 0, "test": 0} and not any(found["lp"]["weights"].values())
     assert min(found["FT"]["features"].values()) > 0 and any(found["FT"]["weights"].values())
     assert not any("classifier" in name for name in found["FT"]["weights"])  # a random head has changed from nothing
+
+
+def test_blocks_are_those_that_a_regime_counts(tiny_model: Path, tiny_csv: Path, tmp_path: Path) -> None:
+    """A decoder's blocks follow the encoder's and stand apart from them; ALBERT's layers share one block."""
+    tasks = [{"name": "tiny", "file": str(tiny_csv)}]
+    each = {"methods": [{"name": "layernorm", "each_layer": True}], "reference": "", "seeds": {"runs": 1}}
+    for kind, blocks in (("bart", 4), ("albert", 1)):
+        runner.load_task.cache_clear()
+        folder = folder_of(kind, tiny_model, tmp_path / kind)
+        runs = runner.plan(parse(CONTENT | each | {"model": str(folder), "tasks": tasks, "recipe": RECIPE}))
+        assert [run.method.title for run in runs] == [f"layernorm #{k + 1}" for k in range(blocks)]
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "bart", num_labels=2)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with torch.no_grad():
+        model.model.decoder.layers[1].fc1.weight += 1
+    moved = analysis._by_block(analysis.weight_change(model, before), model)
+    assert [name for name, change in moved.items() if change] == ["block 4"] and len(moved) == 4

@@ -375,7 +375,7 @@ def test_features_and_weights_of_a_model(tiny_model: Path, tmp_path: Path) -> No
     assert moved == {"bert.encoder.layer.0.output.dense.weight"} and changes[moved.pop()] == pytest.approx(
         0.5, rel=1e-3
     )
-    blocks = analysis._by_block(changes, before)
+    blocks = analysis._by_block(changes, model)
     scalars = sum(p.numel() for n, p in model.named_parameters() if ".layer.0." in n)
     assert blocks == {"block 1": pytest.approx(16.0 * 64 / scalars, rel=1e-3), "block 2": 0}
     assert analysis.feature_change(first, analysis.features(model, tokenizer, rows)) > 0.01
