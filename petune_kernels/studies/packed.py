@@ -10,6 +10,7 @@ import gc
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +63,23 @@ def fitting(
 ) -> int:
     """How many of `runs` are packed at a time, by an estimate of what one needs; 1 for none.
 
-    processes: that share the memory.
+    processes: that share the memory. Raises ReplicaError where the model does not pack with this method, InputError
+    where the method does not fit it.
     """
+    with _fits(method):
+        return _fitting(folder, method, task, recipe, dropout, device, runs, processes)
+
+
+def _fitting(
+    folder: Path,
+    method: Method,
+    task: TaskData,
+    recipe: Recipe,
+    dropout: bool,
+    device: str | torch.device,
+    runs: int,
+    processes: int,
+) -> int:
     one = Tuning(folder, method, task, recipe, Seeds(0, 0), True, dropout, torch.device(device), None)
     model, _, _ = _prepared(one)
     pk.patch(model, memory=recipe.memory)
@@ -74,6 +90,8 @@ def fitting(
     # value, packed and own gradient, two moments and the kept checkpoint
     own = sum(p.numel() * (p.element_size() + 5 * 4) for p in model.parameters() if p.requires_grad)
     most = min(runs, MOST, int(_SHARE * free_memory(device) / processes / (_SLACK * step + own)))
+    if most > 1:
+        pk.replicate(model, [(0, 0), (1, 1)], init="keep", memory=recipe.memory)  # raises where it does not pack
     packs = -(-runs // max(1, most))
     return -(-runs // packs)  # even ones
 
@@ -91,17 +109,24 @@ def tune_packed(
 ) -> list[Outcome]:
     """What `tune_once` gives for each of the seeds, patched, to rounding.
 
-    Raises InputError as it does, and where such runs do not pack (see `why_not`); the device's own error when it is out
-    of memory.
+    Raises InputError as it does, and where such runs do not pack (see `why_not`); ReplicaError where this model does
+    not; the device's own error when it is out of memory.
     """
     reason = why_not(method, task, recipe, dropout)
     if reason:
         raise InputError(f"method {method.name!r} does not pack: {reason}")
-    try:
+    with _fits(method):
         return _Pack(Path(folder), method, task, recipe, seeds, dropout, torch.device(device), progress).outcomes()
+
+
+@contextmanager
+def _fits(method: Method) -> Iterator[None]:
+    """What says that a method does not fit the model becomes an InputError that names the method."""
+    try:
+        yield
     except InputError:
         raise
-    except (ValueError, pk.PatchError, pk.ReplicaError) as error:
+    except (ValueError, pk.PatchError) as error:
         raise InputError(f"method {method.name!r}: {error}") from error
 
 

@@ -25,6 +25,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+import petune_kernels as pk
 from petune_kernels.regimes.structure import read
 
 from . import cache, machine, splits, store
@@ -65,11 +66,30 @@ def plan(study: Study, say: Callable[[str], None] = lambda line: None) -> list[R
         layers = len(read(shapes.empty_model(str(folder), 2)).blocks)
     runs = study.runs(layers)
     for run in {run.method.title + run.stop_on: run for run in runs}.values():
-        method_of(run)
         recipe_of(study, run)
+        _check_fits(folder, method_of(run), run.method.title)
     for task in {run.task.title + run.task.protocol: run.task for run in runs}.values():
         load_task(task)
     return runs
+
+
+def _check_fits(folder: Path, method: Any, title: str) -> None:
+    """Raises InputError where the method's first stage does not fit the model, as far as one without values tells."""
+    from . import shapes
+    from .methods import Setting
+
+    if method.name in ("adapter", "random"):  # they look at what a model computes, or at its values
+        return
+    try:
+        model = shapes.empty_model(str(folder), 2)
+        with torch.device("meta"):
+            method.stages()[0].prepare(Setting(lambda: model, 0, lambda model: [], read(model).head, model))
+    except InputError:
+        raise
+    except RuntimeError:  # some models do not do without values; the first run will tell
+        return
+    except ValueError as error:
+        raise InputError(f"method {title!r}: {error}") from error
 
 
 def tuned(study: Study, run: Run, device: str, **more: Any) -> Any:
@@ -100,12 +120,13 @@ def units(
             method, task, recipe = method_of(first), load_task(first.task), recipe_of(study, first)
             kind = f"{first.task.title}, {first.method.title}: {len(runs)} runs"
             reason = packed.why_not(method, task, recipe, study.dropout)
-            if reason:
-                say(f"{kind} one by one: {reason}")
-            else:
+            if not reason:
                 folder = model_folder(study.model)
-                size = packed.fitting(folder, method, task, recipe, study.dropout, device, len(runs), processes)
-                say(f"{kind} packed, {size} at a time")
+                try:
+                    size = packed.fitting(folder, method, task, recipe, study.dropout, device, len(runs), processes)
+                except pk.ReplicaError as error:
+                    reason = str(error)
+            say(f"{kind} one by one: {reason}" if reason else f"{kind} packed, {size} at a time")
         found += [tuple(runs[i : i + size]) for i in range(0, len(runs), size)]
     place = {run.id: i for i, run in enumerate(todo)}
     return sorted(found, key=lambda unit: place[unit[0].id])
@@ -123,10 +144,15 @@ def execute_packed(
     more: dict[str, Any] = {"dropout": study.dropout, "device": device, "progress": progress}
     args = (model_folder(study.model), method_of(first), task, recipe_of(study, first), seeds, say)
     waiting = iter(runs)
-    for outcomes in packed.halving(*args, **more):
-        for outcome in outcomes:
-            record = describe(next(waiting), task) | {"outcome": plain(outcome)}
-            yield record | {"finished": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+    try:
+        for outcomes in packed.halving(*args, **more):
+            for outcome in outcomes:
+                record = describe(next(waiting), task) | {"outcome": plain(outcome)}
+                yield record | {"finished": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+    except pk.ReplicaError as error:  # with these seeds, where those that were tried did pack
+        say(f"{first.task.title}, {first.method.title} one by one: {error}")
+        for run in waiting:
+            yield execute(study, run, device, progress)
 
 
 def execute(

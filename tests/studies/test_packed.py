@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,18 +11,21 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor
 
 import petune_kernels as pk
 from petune_kernels.studies import packed, runner
 from petune_kernels.studies.errors import InputError, StudyError
-from petune_kernels.studies.methods import method
+from petune_kernels.studies.methods import METHODS, method
 from petune_kernels.studies.recipe import Recipe, Seeds
 from petune_kernels.studies.single import Outcome, Tuning, tune_once
-from petune_kernels.studies.study import Study
+from petune_kernels.studies.study import Study, parse
 
+from .test_analysis import folder_of
 from .test_runner import study
 from .test_single import SMALL, make_task
+from .test_study import CONTENT
 
 RECIPE = Recipe(
     lr=1e-2, batch=8, length=16, steps=18, evaluate_every=6, patience=None, clip=1.0, weight_decay=0.01, pad="longest"
@@ -79,7 +83,7 @@ def test_the_recipes_memory_level_is_that_of_the_kernels(tiny_model: Path, monke
         monkeypatch.setattr(module, "patch", watched)
     assert_same(together(tiny_model, "bitfit", recipe), alone(tiny_model, "bitfit", recipe))
     packed.fitting(tiny_model, method("bitfit"), make_task(), recipe, True, "cpu", 3)
-    assert levels == ["checkpoint"] * 5
+    assert levels == ["checkpoint"] * 6
 
 
 def test_without_dropout_batches_of_any_width_pack(tiny_model: Path) -> None:
@@ -236,3 +240,57 @@ def test_a_pack_that_breaks_is_named_and_the_others_are_kept(
         ):
             runner.run(which, tmp_path)
     assert len(runner.run(which, tmp_path)) == 6
+
+
+@pytest.mark.parametrize("tried_first", [True, False])
+def test_a_model_that_does_not_pack_is_tuned_run_by_run(
+    tried_first: bool, tiny_model: Path, tiny_csv: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner.load_task.cache_clear()
+    if not tried_first:
+        monkeypatch.setattr(packed, "fitting", lambda *args: 2)
+    which = parse(
+        CONTENT
+        | {
+            "model": str(folder_of("gpt2", tiny_model, tmp_path / "model")),
+            "tasks": [{"name": "tiny", "file": str(tiny_csv), "train_rows": 32, "test_rows": 16}],
+            "methods": [{"name": "bitfit", "label": "FT"}],
+            "recipe": {"lr": 1e-3, "steps": 2, "length": 12, "pad": "longest"},
+            "seeds": {"runs": 2},
+        }
+    )
+    console = Console(file=io.StringIO(), record=True, width=400)
+    found = runner.run(which, tmp_path / "out", console=console)
+    assert [r["outcome"]["packed"] for r in found] == [1, 1]
+    assert console.export_text().count("one by one: replicate: transformer.h.0.attn.c_attn.bias trains, but") == 1
+
+
+def test_a_method_that_does_not_fit_ends_a_study_before_its_first_run(
+    tiny_model: Path, tiny_csv: Path, tmp_path: Path
+) -> None:
+    content = CONTENT | {
+        "model": str(folder_of("gpt2", tiny_model, tmp_path / "model")),
+        "tasks": [{"name": "tiny", "file": str(tiny_csv)}],
+        "methods": [{"name": "full", "label": "FT"}, {"name": "lora"}],
+        "recipe": {"lr": 1e-3, "steps": 2, "length": 12, "pad": "longest"},
+    }
+    with pytest.raises(InputError, match="method 'lora': targets is 'qv', but no linear of the attention looks like"):
+        runner.run(parse(content), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(InputError, match="method 'lora': targets is 'qv'"):
+        packed.fitting(tmp_path / "model", method("lora"), make_task(), RECIPE, True, "cpu", 2)
+
+
+@pytest.mark.parametrize("kind", ["bart", "albert"])
+def test_a_method_that_fits_is_not_refused_for_what_a_model_without_values_cannot_show(
+    kind: str, tiny_model: Path, tiny_csv: Path, tmp_path: Path
+) -> None:
+    runner.load_task.cache_clear()
+    chosen = [name for name in METHODS if name not in ("eh-ft", "topk")]
+    content = CONTENT | {
+        "model": str(folder_of(kind, tiny_model, tmp_path)),
+        "tasks": [{"name": "tiny", "file": str(tiny_csv)}],
+        "methods": [{"name": name, "options": {"reduction": 4} if name == "adapter" else {}} for name in chosen],
+        "reference": "",
+    }
+    assert len(runner.plan(parse(content))) == 3 * len(chosen)
