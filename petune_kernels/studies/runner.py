@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import functools
+import hashlib
 import multiprocessing
 import os
 import signal
@@ -54,6 +55,19 @@ def model_folder(model: str, say: Callable[[str], None] = lambda line: None) -> 
     if not Path(model).is_dir():
         raise InputError(f"model is {model!r}; accepted is a folder of a transformers model, or minilm")
     return Path(model)
+
+
+def model_digest(model: str) -> str:
+    """Of the config and the weights that a study's `model` names, so that no study goes on with others."""
+    if model == "minilm":
+        return cache.MINILM.sha256[:16]
+    digest = hashlib.sha256()
+    for path in sorted([*Path(model).glob("config.json"), *Path(model).glob("*.safetensors")]):
+        digest.update(path.name.encode())
+        with path.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()[:16]
 
 
 def plan(study: Study, say: Callable[[str], None] = lambda line: None) -> list[Run]:
@@ -188,6 +202,7 @@ def describe(run: Run, task: TaskData) -> dict[str, Any]:
         "patched": run.patched,
         "primary": task.primary,
         "baseline": task.baseline,
+        "version": pk.__version__,
         "rows": {
             "train": len(task.train),
             "validation": len(task.validation),
@@ -223,13 +238,15 @@ def run(
     device = local_device(device)
     path = folder / ("runs.jsonl" if world == 1 else f"runs.{place}.jsonl")
     header = {"command": " ".join(["petune", *sys.argv[1:]]), "started": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
-    with store.Store(path, study, header | {"machine": machine.describe()}) as results:
+    digest = model_digest(study.model)
+    with store.Store(path, study, header | {"model_digest": digest, "machine": machine.describe()}) as results:
         if results.recovered:
             console.print(f"{path}: half a line at the end was cut off; its run is done again", markup=False)
         done = store.collect(folder, study)
         todo = [r for i, r in enumerate(runs) if i % world == place and r.id not in done]
         if todo:
             _same_data(runs, done)
+            _same_model(folder, study, digest)
         columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
         with Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=console) as progress:
             mine = len([r for i, r in enumerate(runs) if i % world == place])
@@ -261,6 +278,16 @@ def _same_data(runs: list[Run], done: dict[str, dict[str, Any]]) -> None:
             raise InputError(
                 f"task {task.title!r} ({task.protocol}): its texts or labels are not those that earlier runs read "
                 f"({now}, not {fingerprint}); restore the data or choose another --out"
+            )
+
+
+def _same_model(folder: Path, study: Study, digest: str) -> None:
+    """Raises InputError if a result file is of a model with another config or weights; older files do not tell."""
+    for path in folder.glob("runs*.jsonl"):
+        if (before := store.header(path).get("model_digest", digest)) != digest:
+            raise InputError(
+                f"model {study.model!r}: its config or weights are not those of the runs in {path} ({digest}, not "
+                f"{before}); restore the model or choose another --out"
             )
 
 

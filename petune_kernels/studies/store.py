@@ -74,21 +74,21 @@ def check(path: Path, study: Study) -> None:
 
     The hash is made anew from the study that the header holds: files of earlier versions have one of other keys.
     """
-    header = _header(path)
+    found = header(path)
     try:
-        same = parse(header["spec"]).hash == study.hash
+        same = parse(found["spec"]).hash == study.hash
     except (InputError, KeyError):
         same = False
     if not same:
         raise InputError(
-            f"{path} holds results of another study ({header.get('study')!r}, {header['hash']}), not of "
+            f"{path} holds results of another study ({found.get('study')!r}, {found['hash']}), not of "
             f"{study.name!r} ({study.hash}); choose another --out. Nothing was changed"
         )
 
 
 def records(path: Path) -> list[dict[str, Any]]:
     """The runs of a result file, without a half line at its end."""
-    _header(path)
+    header(path)
     lines = path.read_bytes().split(b"\n")[1:-1]  # what follows the last newline is half a line, or nothing
     found: dict[str, dict[str, Any]] = {}
     for number, line in enumerate(lines, 2):
@@ -124,13 +124,14 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _header(path: Path) -> dict[str, Any]:
+def header(path: Path) -> dict[str, Any]:
+    """The first line of a result file. Raises InputError for a file that is none."""
     with path.open("rb") as stream:
         line = stream.readline()
     try:
-        header = json.loads(line)
-        if line.endswith(b"\n") and header["petune_study"] == VERSION and header["hash"]:
-            return header
+        found = json.loads(line)
+        if line.endswith(b"\n") and found["petune_study"] == VERSION and found["hash"]:
+            return found
     except (ValueError, KeyError, TypeError):
         pass
     raise InputError(f"{path} is not a result file of a study; choose another --out. Nothing was changed")

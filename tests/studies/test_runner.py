@@ -211,6 +211,25 @@ def test_other_data_under_the_same_path_are_refused(tiny_csv: Path, tmp_path: Pa
     assert len(go(out, which=which)) == 6  # nothing is left to do, so nothing is read
 
 
+@pytest.mark.parametrize("changed", ["config.json", "model.safetensors"])
+def test_another_model_under_the_same_path_is_refused(changed: str, tiny_model: Path, tmp_path: Path) -> None:
+    folder, out = shutil.copytree(tiny_model, tmp_path / "model"), tmp_path / "out"
+    which, more = study(model=str(folder)), study(model=str(folder), seeds={"runs": 4, "first": 10})
+    assert len(go(out, which=which)) == 12
+    good = (folder / changed).read_bytes()
+    (folder / changed).write_bytes(good[:-1] + b" ")
+    assert len(go(out, which=which)) == 12  # nothing is left to do
+    with pytest.raises(InputError, match="its config or weights are not those of the runs in .*runs.jsonl"):
+        go(out, which=more)
+    assert len(lines(out)) == 1 + 12
+    (folder / changed).write_bytes(good)
+    assert len(go(out, which=more)) == 16
+    header, *others = (out / "runs.jsonl").read_text().splitlines(keepends=True)
+    old = {key: value for key, value in json.loads(header).items() if key != "model_digest"}
+    (out / "runs.jsonl").write_text(json.dumps(old) + "\n" + "".join(others[:-1]))
+    assert len(go(out, which=more)) == 16  # a file of an earlier version
+
+
 def test_damage_in_the_middle_and_runs_told_twice_are_refused(tmp_path: Path) -> None:
     go(tmp_path)
     path = tmp_path / "runs.jsonl"
