@@ -13,6 +13,7 @@ import json
 import sys
 import types
 import typing
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -164,7 +165,7 @@ class Study:
             halves = ("dev1-dev2", "dev2-dev2")
             tasks = tuple(dataclasses.replace(task, protocol=p) for task in self.tasks for p in halves)
             stops = ("loss", "metric")
-        return [
+        runs = [
             Run(task, method, vary, wi, do, patched, stop_on)
             for vary, wi, do in self._seeds()
             for task in tasks
@@ -172,6 +173,9 @@ class Study:
             for stop_on in stops
             for patched in self.patched
         ]
+        if twice := [name for name, count in Counter(run.id for run in runs).items() if count > 1]:
+            raise InputError(f"two runs would be called {twice[0]!r}; a `label` keeps two apart")
+        return runs
 
     def _seeds(self) -> Iterator[tuple[str, int, int]]:
         first = self.seeds.first

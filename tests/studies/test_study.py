@@ -69,6 +69,13 @@ def test_each_layer_makes_a_method_per_layer() -> None:
         study.runs()
 
 
+def test_no_two_runs_have_one_name() -> None:
+    one, all_ = ({"name": "layernorm", "label": "LN #1"}, {"name": "layernorm", "label": "LN", "each_layer": True})
+    study = parse(CONTENT | {"methods": [all_, one], "reference": ""})
+    with pytest.raises(InputError, match="two runs would be called '.*/LN #1/.*'; a `label` keeps two apart"):
+        study.runs(3)
+
+
 def test_the_hash_is_of_what_is_said_not_of_how(tmp_path: Path) -> None:
     text = 'kind="stability"\nname="n"\nmodel="m"\nrecipe={lr=1e-3}\ntasks=[{name="movie"}]\nmethods=[{name="full"}]\n'
     (tmp_path / "a.toml").write_text(text)
