@@ -87,7 +87,11 @@ class Recipe:
             ("memory", self.memory in LEVELS, ", ".join(LEVELS)),
             ("evaluate_every", every == "epoch" or type(every) is int and every >= 1, "epoch, or an int from 1"),
             ("stop_on", self.stop_on in ("loss", "metric"), "loss or metric"),
-            ("patience", self.patience is None or _is(self.patience, whole) and self.patience >= 1, "an int from 1"),
+            (
+                "patience",
+                self.patience is None or _is(self.patience, whole) and self.patience >= 1,
+                "an int from 1, or none",
+            ),
             ("keep", self.keep in ("best", "last"), "best or last"),
         ]
         for name, fits, accepted in rules:

@@ -374,7 +374,7 @@ def recipe_of(study: Study, run: Run) -> Any:
     """The run's `Recipe`: the study's with the method's changes; keys are strict."""
     from .recipe import Recipe
 
-    changes = study.recipe | run.method.recipe | ({"stop_on": run.stop_on} if run.stop_on else {})
+    changes = study.recipe_of(run.method) | ({"stop_on": run.stop_on} if run.stop_on else {})
     check_keys(changes, [f.name for f in dataclasses.fields(Recipe)], f"recipe of {run.method.title!r}")
     try:
         return Recipe(**changes)

@@ -147,6 +147,12 @@ class Study:
         del content["seeds"]["runs"]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
+    def recipe_of(self, method: MethodSpec) -> dict[str, Any]:
+        """The study's recipe with the method's changes, whose `epochs` or `steps` take the place of both."""
+        length = {"epochs", "steps"}
+        inherited = {k: v for k, v in self.recipe.items() if k not in length or not length & method.recipe.keys()}
+        return inherited | method.recipe
+
     def methods_of(self, layers: int | None) -> list[MethodSpec]:
         """The methods, those with each_layer once for each of the model's `layers`."""
         return [
@@ -226,6 +232,8 @@ def _value(hint: Any, value: Any, where: str) -> Any:
     if type(value) not in kinds:
         names = " or ".join(kind.__name__ for kind in kinds if kind is not type(None))
         raise InputError(f"{where} is {value!r}; accepted is {names}")
+    if origin is dict:  # options and recipes; TOML has no word for None
+        return {key: None if item == "none" else item for key, item in value.items()}
     return value
 
 

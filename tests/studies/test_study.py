@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from petune_kernels.studies import runner
 from petune_kernels.studies.errors import InputError
 from petune_kernels.studies.study import parse, read
 
@@ -74,6 +75,23 @@ def test_no_two_runs_have_one_name() -> None:
     study = parse(CONTENT | {"methods": [all_, one], "reference": ""})
     with pytest.raises(InputError, match="two runs would be called '.*/LN #1/.*'; a `label` keeps two apart"):
         study.runs(3)
+
+
+def test_a_method_can_take_away_what_the_study_or_the_default_sets() -> None:
+    methods = [
+        {"name": "full", "label": "FT", "recipe": {"steps": 7, "patience": "none", "clip": "none"}},
+        {"name": "random", "options": {"budget": "none", "layers": "none"}, "recipe": {"lr": 1e-2}},
+    ]
+    study = parse(CONTENT | {"methods": methods, "recipe": {"lr": 1e-3, "epochs": 2, "clip": 1.0}})
+    first, second = study.runs()[:2]
+    found = runner.recipe_of(study, first)
+    assert (found.steps, found.epochs, found.patience, found.clip) == (7, None, None, None)
+    found = runner.recipe_of(study, second)
+    assert (found.steps, found.epochs, found.patience, found.clip) == (None, 2, 10, 1.0)
+    assert runner.method_of(second).options["budget"] is runner.method_of(second).options["layers"] is None
+    wrong = parse(CONTENT | {"recipe": {"lr": "none", "epochs": 1}})
+    with pytest.raises(InputError, match="lr is None; accepted is a number"):
+        runner.recipe_of(wrong, wrong.runs()[0])
 
 
 def test_the_hash_is_of_what_is_said_not_of_how(tmp_path: Path) -> None:
