@@ -1,7 +1,7 @@
 """A study as a TOML file: which model, tasks, methods, seeds and recipe, and the runs that they make together.
 
 Keys are strict: an unknown one is an error that names the nearest. The hash of what its runs depend on, not of the
-file's layout, ties a result file to its study.
+file's layout or of defaults that it spells out, ties a result file to its study.
 """
 
 from __future__ import annotations
@@ -143,8 +143,14 @@ class Study:
 
     @property
     def hash(self) -> str:
+        from .recipe import Recipe
+
         content = {key: value for key, value in dataclasses.asdict(self).items() if key not in READ_LATER}
-        del content["seeds"]["runs"]
+        del content["seeds"]["runs"], content["recipe"]
+        plain = {f.name: f.default for f in dataclasses.fields(Recipe)}
+        defaults = {k: list(v) if isinstance(v, tuple) else v for k, v in plain.items()}  # as TOML has it
+        for method, own in zip(self.methods, content["methods"], strict=True):
+            own["recipe"] = {k: v for k, v in self.recipe_of(method).items() if k not in defaults or v != defaults[k]}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
     def recipe_of(self, method: MethodSpec) -> dict[str, Any]:

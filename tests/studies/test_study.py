@@ -99,8 +99,11 @@ def test_the_hash_is_of_what_is_said_not_of_how(tmp_path: Path) -> None:
     (tmp_path / "a.toml").write_text(text)
     (tmp_path / "b.toml").write_text("# a comment\n" + text.replace("=", " = ").replace("{name", "{ name"))
     (tmp_path / "c.toml").write_text(text.replace("1e-3", "2e-3"))
-    a, b, c = (read(tmp_path / f"{name}.toml").hash for name in "abc")
-    assert a == b != c
+    defaults = "{lr=1e-3, batch=16, betas=[0.9, 0.999], clip='none'}"
+    (tmp_path / "d.toml").write_text(text.replace("{lr=1e-3}", defaults))
+    (tmp_path / "e.toml").write_text(text.replace("1e-3", "2e-3").replace('"full"', '"full", recipe={lr=1e-3}'))
+    a, b, c, d, e = (read(tmp_path / f"{name}.toml").hash for name in "abcde")
+    assert a == b == d == e != c
 
 
 @pytest.mark.parametrize(
