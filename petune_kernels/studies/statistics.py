@@ -15,6 +15,8 @@ from .errors import InputError
 ARROWS = {"up": "↑", "down": "↓", "none": ""}
 CORRECTIONS = ("none", "bonferroni", "holm", "bh")
 TESTS = ("student", "welch")
+ROUNDING = 1e-12
+"""Values that differ by less than this share are equal: 0.1 + 0.2 is 0.3."""
 
 
 @dataclass(frozen=True)
@@ -61,11 +63,9 @@ def summarise(values: Sequence[float | None], floor: float | None = None) -> Sum
     if not kept:
         nan = float("nan")
         return Summary(0, nan, nan, nan, nan, failed, len(values))
-    if len(kept) == 1:
-        std = float("nan")
-    else:  # exactly 0 for equal values, whatever the rounding of their mean
-        std = float(np.std(kept, ddof=1)) if len(set(kept)) > 1 else 0.0
-    mean = float(np.mean(kept)) if len(set(kept)) > 1 else kept[0]
+    equal = max(kept) - min(kept) <= ROUNDING * max(map(abs, kept))  # then exactly 0, whatever the mean's rounding
+    std = float("nan") if len(kept) == 1 else 0.0 if equal else float(np.std(kept, ddof=1))
+    mean = kept[0] if equal else float(np.mean(kept))
     return Summary(len(kept), mean, std, max(kept), min(kept), failed, len(values))
 
 
@@ -82,9 +82,9 @@ def compare(method: Summary, reference: Summary, test: str = "student", alpha: f
         raise InputError(f"alpha is {alpha}; accepted is a number between 0 and 1")
     if min(method.n, reference.n) < 2:
         raise InputError(f"a t-test needs at least 2 runs on each side, got {method.n} and {reference.n}")
-    difference = method.mean - reference.mean
-    if method.std == reference.std == 0:
-        if difference == 0:
+    difference, rounding = method.mean - reference.mean, ROUNDING * max(abs(method.mean), abs(reference.mean))
+    if max(method.std, reference.std) <= rounding:
+        if abs(difference) <= rounding:
             return Comparison(0.0, 1.0, 1.0, "none")
         t, least = math.copysign(math.inf, difference), 1 / math.comb(method.n + reference.n, method.n)
         return _arrow(Comparison(t, *((least, 1.0) if difference > 0 else (1.0, least)), "none"), alpha)

@@ -64,6 +64,13 @@ def test_sides_without_variance_are_a_tie_or_as_certain_as_their_runs_allow() ->
         assert compare(Summary(20, 58.7, 4.69, 0, 0), wsc, test).arrow == "down"
 
 
+def test_what_differs_by_rounding_alone_is_a_tie() -> None:
+    assert compare(summarise([0.1 + 0.2] * 20), summarise([0.3] * 20)) == Comparison(0.0, 1.0, 1.0, "none")
+    rounded = summarise([0.1 + 0.2, 0.3] * 10)
+    assert rounded.std == 0.0 and compare(rounded, summarise([0.3] * 20)).arrow == "none"
+    assert compare(rounded, summarise([0.3 + 1e-9] * 20)).arrow == "down"
+
+
 def test_equal_values_have_no_spread_at_all() -> None:
     same = summarise([0.1] * 7)
     assert same.std == 0.0 and same.mean == 0.1
