@@ -220,7 +220,7 @@ def peak_memory(run: Callable[[], object], device: torch.device | str = "cpu") -
     return Peak(before, after, "ru_maxrss of the whole process; the rise is a lower bound")
 
 
-def give_blocks_back(size: int = 1 << 20) -> None:
+def give_blocks_back(size: int = 1 << 16) -> None:
     """From now on this process gives every freed block of `size` bytes or more back at once, so that resident memory is
     what is held. By default glibc keeps and splits blocks of up to 32 MiB: a step then needs up to twice as much.
 

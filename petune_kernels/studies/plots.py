@@ -146,7 +146,7 @@ def report_figure(result: dict[str, Any], path: Path) -> None:
 
 
 def _stacks(axes: Axes, title: str, bars: Mapping[str, Mapping[str, int]], measured: Mapping[str, int]) -> None:
-    top = max(sum(parts.values()) for parts in bars.values()) / MIB
+    top = max([sum(parts.values()) for parts in bars.values()] + list(measured.values())) / MIB
     for name, (colour, hatch) in PARTS.items():
         sizes = [parts.get(name, 0) / MIB for parts in bars.values()]
         if max(sizes) < top / 500:
@@ -165,7 +165,8 @@ def _stacks(axes: Axes, title: str, bars: Mapping[str, Mapping[str, int]], measu
         )
     for place, (name, parts) in enumerate(bars.items()):
         total = sum(parts.values()) / MIB
-        axes.annotate(f"{total:,.0f}", (place, total), xytext=(0, 5), textcoords="offset points", ha="center")
+        above = max(total, measured.get(name, 0) / MIB)  # of the diamond, too
+        axes.annotate(f"{total:,.0f}", (place, above), xytext=(0, 5), textcoords="offset points", ha="center")
         if name in measured:
             axes.plot(place, measured[name] / MIB, "D", color="white", markeredgecolor="black", label="measured")
     axes.set(title=title, ylabel="MiB", xticks=range(len(bars)), xticklabels=[n.replace(" ", "\n") for n in bars])

@@ -247,6 +247,9 @@ def _beside(levels: Mapping[str, Any], device: str) -> Table:
         beside.add_row("  predicted is off by", *off)
         beside.add_section()
     if device == "cpu":
+        beside.caption = (
+            "measured with freed blocks of 64 KiB or more given back; smaller ones add to what is predicted"
+        )
         beside.add_row("rise with glibc as it is by default", *(_mib(m["rise"]) for m in measured))
     return beside
 

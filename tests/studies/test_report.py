@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from rich.console import Console
 from torch import nn
 from transformers import AutoConfig
@@ -17,7 +18,7 @@ from typer.testing import CliRunner
 
 from petune_kernels.cli import app
 from petune_kernels.meta import Values
-from petune_kernels.studies import footprint, measure, report
+from petune_kernels.studies import footprint, measure, plots, report
 from petune_kernels.studies.errors import InputError
 
 SMALL = dict(vocab_size=211, num_hidden_layers=3, hidden_size=96, num_attention_heads=4, intermediate_size=160)
@@ -136,6 +137,23 @@ def test_the_peak_is_that_of_a_real_process(tmp_path: Path, regime: str, dtype: 
     measured = measure.fresh_process(report.run_step, settings, level, True)
     assert found.saved == pytest.approx(measured["saved"], rel=0.02)
     assert found.rise == pytest.approx(measured["rise"], rel=0.1)
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the high-water mark cannot be reset here")
+def test_the_peak_of_a_small_step_is_that_of_a_real_process(tmp_path: Path) -> None:
+    """Most of its blocks are of 64 or 256 KiB, which glibc must give back, too."""
+    AutoConfig.for_model("bert", **SMALL | dict(hidden_size=256, intermediate_size=1024)).save_pretrained(tmp_path)
+    settings = report.Settings(str(tmp_path), "layernorm", {}, 2, 32)
+    measured = measure.fresh_process(report.run_step, settings, "stock", True)
+    assert report.predict(settings, "stock").rise == pytest.approx(measured["rise"], rel=0.1)
+
+
+def test_what_was_measured_lies_inside_the_picture_and_under_the_label() -> None:
+    figure = Figure()
+    axes = figure.subplots()
+    plots._stacks(axes, "", {"stock": {"weights": 10 << 20}}, {"stock": 20 << 20})
+    (label,) = axes.texts
+    assert axes.get_ylim()[1] > 20 and label.xy == (0, 20) and label.get_text() == "10"
 
 
 def run(*arguments: str):
