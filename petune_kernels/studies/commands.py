@@ -110,10 +110,12 @@ def tune(
     dropout: bool,
 ) -> None:
     """One run; writes its outcome as JSON and the tuned model, and says what loads it. StudyError where it diverged."""
-    from . import machine, result, runner, store, tuned_model
+    from . import machine, result, runner, splits, store, tuned_model
     from .study import parse
     from .train import load_tokenizer
 
+    if file is None:
+        splits.check_known(task, ", or give --file")
     table: dict[str, Any] = {"name": task, "regression": regression} | ({"file": str(file)} if file else {})
     content = {"kind": "stability", "name": "tune", "model": model, "tasks": [table], "dropout": dropout}
     content["methods"] = [{"name": method, "options": parse_settings("--option", options)}]

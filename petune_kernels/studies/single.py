@@ -135,7 +135,10 @@ class Tuning:
         room = min(room, self._tokenizer.model_max_length)
         if recipe.length + method.prefix > room:
             prefix = f", {method.prefix} of them the prefix's" if method.prefix else ""
-            raise InputError(f"length is {recipe.length}, but the model takes at most {room} tokens{prefix}")
+            raise InputError(
+                f"length is {recipe.length}, but the model takes at most {room} tokens{prefix}; the recipe sets it "
+                "(petune tune: --recipe length=...)"
+            )
         self.data: dict[int, Encoded] = {} if data is None else data
         self.train_data = self.encoded(task.train)
         self.encoded(task.validation)  # now, or the first evaluation's time would have it

@@ -97,6 +97,8 @@ def table(path: Path, text: str, pair: str | None, label: str, regression: bool)
 
     Raises InputError naming the file, the row and what is accepted.
     """
+    if not path.exists():
+        raise InputError(f"{path} does not exist")
     rows = _jsonl(path) if path.suffix in (".jsonl", ".json") else _csv(path)
     if not rows:
         raise InputError(f"{path} has no rows")

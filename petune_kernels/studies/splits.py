@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,6 +29,15 @@ READ = {
     "a task of the package index": ("held_out",),
 }
 """What a task is read from -> the keys that say how."""
+
+
+def check_known(name: str, otherwise: str = "") -> None:
+    """Raises InputError, with the nearest name and with what can be done `otherwise`, for no task that has a name."""
+    known = (*NAMED, *sources.INDEXED)
+    if name not in known:
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise InputError(f"unknown task {name!r}; known are {', '.join(known)}{otherwise}{hint}")
 
 
 @dataclass(frozen=True)
@@ -84,10 +94,10 @@ class TaskSpec:
         for field in ("train_rows", "validation_rows", "test_rows"):
             if (rows := getattr(self, field)) is not None and rows < 1:
                 raise InputError(f"task {self.name!r}: {field} is {rows}; accepted is at least 1")
-        known = (*NAMED, *sources.INDEXED)
-        for name in (*(() if self.file or self.dataset else (self.name,)), *self.out_of_domain):
-            if name not in known:
-                raise InputError(f"unknown task {name!r}; known are {', '.join(known)}, or give `file` or `dataset`")
+        if not (self.file or self.dataset):
+            check_known(self.name, ", or give `file` or `dataset`")
+        for name in self.out_of_domain:
+            check_known(name)
 
     @property
     def origin(self) -> str:

@@ -26,6 +26,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 WARMUP = 0.1
 STRIDE = 1_000_003  # a prime above any number of steps: no two (seed, step) pairs share a dropout stream
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.*", "*.model")
+"""Patterns, one of which every tokenizer that was saved has."""
+
 Batch = Mapping[str, torch.Tensor]
 
 
@@ -102,6 +105,9 @@ def random_model(config: Any, layers: int, dtype: torch.dtype, device: torch.dev
 
 
 def load_tokenizer(folder: Path) -> Any:
+    """Raises InputError where the folder has none: for some models transformers makes one up that knows no word."""
+    if not any(path for pattern in TOKENIZER_FILES for path in folder.glob(pattern)):
+        raise InputError(f"--model {folder} has no tokenizer: none of the files {', '.join(TOKENIZER_FILES)} is there")
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:

@@ -214,6 +214,12 @@ def test_where_nothing_can_be_written_nothing_is_trained(
     assert ran.exit_code == 2 and "cannot be written: Not a directory" in ran.stderr
 
 
+def test_an_unknown_task_is_answered_in_the_commands_own_words(tmp_path: Path) -> None:
+    ran = run("tune", "full", "--task", "moive", "--out", tmp_path / "out")
+    assert ran.exit_code == 2 and "or give --file; did you mean 'movie'?" in ran.stderr
+    assert "dataset" not in ran.stderr and not (tmp_path / "out").exists()
+
+
 def test_data_names_what_it_knows() -> None:
     ran = run("data", "moive")
     assert ran.exit_code == 2 and "'moive' is not in the package index; accepted: movie, amazon" in ran.stderr

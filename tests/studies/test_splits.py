@@ -145,7 +145,7 @@ def test_bad_input_is_named(changes: dict, message: str) -> None:
 
 
 def test_an_unknown_task_and_an_empty_split_are_named() -> None:
-    with pytest.raises(InputError, match="unknown task 'moive'; known are cola"):
+    with pytest.raises(InputError, match="unknown task 'moive'; known are cola, .*`dataset`; did you mean 'movie'"):
         TaskSpec("moive")
     with pytest.raises(InputError, match="the train part is empty"):
         cut(source(train=examples("train", 1)), spec())

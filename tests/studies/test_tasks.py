@@ -194,6 +194,8 @@ def test_bad_files_are_named(tmp_path: Path, name: str, content: str, message: s
     with pytest.raises(InputError, match=message) as error:
         load(TaskSpec("t", file=str(tmp_path / name)))
     assert name in str(error.value)
+    with pytest.raises(InputError, match="^/nowhere/x.csv does not exist$"):
+        load(TaskSpec("t", file="/nowhere/x.csv"))
 
 
 def test_csv_with_quotes_words_numbers_and_a_byte_order_mark(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import BertForMaskedLM, BertForSequenceClassification, GPT2Config
+from transformers import AutoConfig, BertForMaskedLM, BertForSequenceClassification, GPT2Config
 
 import petune_kernels as pk
 from petune_kernels.studies import measure, train
@@ -214,7 +214,10 @@ def test_a_loss_that_stock_has_right_by_chance_bounds_nobody(tiny_model: Path, m
 def test_a_folder_without_model_or_tokenizer_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=f"--model {tmp_path}"):
         train.load_model(tmp_path, 2, 0, torch.float32, CPU)
-    with pytest.raises(InputError, match="no tokenizer"):
+    with pytest.raises(InputError, match=r"no tokenizer: none of the files tokenizer\.json, .* is there"):
+        train.load_tokenizer(tmp_path)
+    AutoConfig.for_model("bert").save_pretrained(tmp_path)  # of which transformers makes a tokenizer of five tokens
+    with pytest.raises(InputError, match="no tokenizer: none of the files"):
         train.load_tokenizer(tmp_path)
 
 
