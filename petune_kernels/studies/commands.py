@@ -131,6 +131,7 @@ def tune(
         outcome = runner.tuned(found, run, chosen_device(device), keep_model=True)
     cut, plain = runner.load_task(run.task), runner.plain(outcome)
     record = runner.describe(run, cut) | {"outcome": plain, "spec": content, "machine": machine.describe()}
+    to.mkdir(parents=True, exist_ok=True)
     written.write_text(
         json.dumps(store.finite(record), indent=1, allow_nan=False, default=str) + "\n", encoding="utf-8"
     )

@@ -14,7 +14,7 @@ import torch
 from typer.testing import CliRunner
 
 from petune_kernels.cli import app
-from petune_kernels.studies import commands, runner, train
+from petune_kernels.studies import commands, result, runner, train
 from petune_kernels.studies.errors import InputError
 
 
@@ -212,6 +212,23 @@ def test_where_nothing_can_be_written_nothing_is_trained(
     ran = run("tune", "full", "--task", "tiny", "--file", tiny_csv, "--model", tiny_model, "--out",
               tmp_path / "file" / "out", "--recipe", "lr=1e-4")  # fmt: skip
     assert ran.exit_code == 2 and "cannot be written: Not a directory" in ran.stderr
+
+
+def test_a_run_that_fails_leaves_no_folder(
+    tmp_path: Path, tiny_model: Path, tiny_csv: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*args: Any, **more: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys.modules["petune_kernels.studies.single"], "tune_once", interrupted)
+    given = ("--task", "tiny", "--file", tiny_csv, "--model", tiny_model, "--recipe", "lr=1e-4")
+    ran = run("tune", "full", *given, "--out", tmp_path / "a" / "b")
+    assert ran.exit_code == 130 and not (tmp_path / "a").exists()
+    assert run("report", "nothing", "--out", tmp_path / "a").exit_code == 2 and not (tmp_path / "a").exists()
+    files = result.Files.new(tmp_path / "a" / "b", "x")
+    assert not (tmp_path / "a").exists()
+    files.write({"x": 1})
+    assert json.loads(files.json.read_text()) == {"x": 1}
 
 
 def test_an_unknown_task_is_answered_in_the_commands_own_words(tmp_path: Path) -> None:
