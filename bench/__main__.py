@@ -225,10 +225,13 @@ def collect(
     half.replace(file)
 
 
-def main(*arguments: str) -> int:
-    """Runs a command and returns the exit code: 2 for bad input, 1 where a result is wrong or Ctrl-C cut it short."""
+def main(*arguments: str, name: str | None = None) -> int:
+    """Runs a command and returns the exit code: 2 for bad input, 1 where a result is wrong or Ctrl-C cut it short.
+
+    name: what it was called by, for "Usage:".
+    """
     try:
-        app(args=list(arguments) or None)
+        app(args=list(arguments) or None, prog_name=name)
     except SystemExit as done:  # usage errors and Ctrl-C have had their message
         return done.code if isinstance(done.code, int) else 0
     except (InputError, StudyError) as error:

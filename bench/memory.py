@@ -125,7 +125,7 @@ def build(case: models.Case, point: str, device: torch.device, layers: int) -> n
     with torch.device(device):
         model: Any = models.build(case, EAGER, device, layers)
     if point == HF:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        train.checkpoint_layers(model)
     elif point in BUDGETS:
         model.compile(backend=Budget(BUDGETS[point]))
     elif point != EAGER:

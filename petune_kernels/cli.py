@@ -8,7 +8,9 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -50,7 +52,8 @@ def _plain_errors(command: Callable[..., None]) -> Callable[..., None]:
         from petune_kernels.studies.errors import InputError, StudyError
 
         try:
-            command(*args, **kwargs)
+            with _without_warnings():
+                command(*args, **kwargs)
         except (InputError, StudyError) as error:
             err.print(f"petune: error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
             raise typer.Exit(2 if isinstance(error, InputError) else 1) from error
@@ -59,6 +62,22 @@ def _plain_errors(command: Callable[..., None]) -> Callable[..., None]:
             raise typer.Exit(130) from interrupt
 
     return run
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Hides deprecations between transformers and PEFT, which no user of a command can mend, here and in processes that
+    it starts."""
+    before, module = os.environ.get("PYTHONWARNINGS"), "transformers.modeling_utils"
+    os.environ["PYTHONWARNINGS"] = ",".join(filter(None, [f"ignore::FutureWarning:{module}", before]))
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=FutureWarning, module=module)
+            yield
+    finally:
+        del os.environ["PYTHONWARNINGS"]
+        if before is not None:
+            os.environ["PYTHONWARNINGS"] = before
 
 
 def _level(name: str) -> str:
@@ -252,7 +271,7 @@ def bench(context: typer.Context) -> None:
     sys.path.insert(0, str(root))
     from bench.__main__ import main
 
-    raise typer.Exit(main(*(context.args or ["--help"])))
+    raise typer.Exit(main(*(context.args or ["--help"]), name="petune bench"))
 
 
 def _machine() -> dict[str, str]:

@@ -6,12 +6,13 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
-from petune_kernels import backends
+from petune_kernels import backends, cli
 from petune_kernels.cli import app
 
 COUNTS = {  # the bert-base shape with two labels, as published
@@ -141,3 +142,26 @@ def test_the_command_starts_without_transformers_and_honours_no_color() -> None:
     command = [sys.executable, "-m", "petune_kernels.cli", "regimes", "bert-bse"]
     ran = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert ran.returncode == 2 and ran.stderr.startswith("petune: error:") and "\x1b" not in ran.stderr
+
+
+def test_a_command_hides_transformers_deprecations_from_those_who_cannot_mend_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    warn = (
+        "exec('import warnings; warnings.warn(\"`is_gradient_checkpointing` is deprecated\", FutureWarning)', "
+        "{'__name__': 'transformers.modeling_utils'})"
+    )
+    monkeypatch.delenv("PYTHONWARNINGS", raising=False)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with cli._without_warnings():
+            exec(warn)
+            done = subprocess.run([sys.executable, "-c", warn], capture_output=True, text=True)
+        assert not caught and done.returncode == 0 and not done.stderr
+        exec(warn)
+        assert len(caught) == 1 and "PYTHONWARNINGS" not in os.environ
+
+
+def test_a_wrong_benchmark_is_answered_as_it_was_asked() -> None:
+    done = subprocess.run([sys.executable, "-m", "petune_kernels.cli", "bench", "foo"], capture_output=True, text=True)
+    assert done.returncode == 2 and "Usage: petune bench [OPTIONS] COMMAND" in done.stderr

@@ -127,8 +127,7 @@ def build(settings: Settings, level: str, device: torch.device) -> tuple[nn.Modu
         raise InputError(f"--regime {settings.regime} changes the update itself, which is not followed")
     model.train()
     if level == CHECKPOINTED:
-        base: Any = model
-        base.gradient_checkpointing_enable({"use_reentrant": False})
+        train.checkpoint_layers(model)
     elif level != STOCK:
         pk.patch(model, memory=level)
     return model, blocks

@@ -104,6 +104,12 @@ def random_model(config: Any, layers: int, dtype: torch.dtype, device: torch.dev
     return AutoModelForSequenceClassification.from_config(config).to(device=device, dtype=dtype).train()
 
 
+def checkpoint_layers(model: Any) -> None:
+    """transformers' own checkpointing of every layer, by the name that this version has for it."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
 def load_tokenizer(folder: Path) -> Any:
     """Raises InputError where the folder has none: for some models transformers makes one up that knows no word."""
     if not any(path for pattern in TOKENIZER_FILES for path in folder.glob(pattern)):
