@@ -22,7 +22,7 @@ import threading
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -280,10 +280,21 @@ def _kept_elsewhere(t: Tensor) -> Item:
     return t if isinstance(recipe, Recipe) and recipe.framed else recipe
 
 
+class Remembered(Protocol):
+    """What a frame's part of a model was."""
+
+    name: str
+
+    def restored(self) -> contextlib.AbstractContextManager[None]:
+        """Within it the part is that again."""
+
+
 class Frame:
     """One run of a part of a model: call(*args, **kwargs)."""
 
-    def __init__(self, call: Callable[..., Any], args: Any, kwargs: Mapping[str, Any], whole: bool) -> None:
+    def __init__(
+        self, call: Callable[..., Any], args: Any, kwargs: Mapping[str, Any], part: Remembered, whole: bool
+    ) -> None:
         flat, spec = pytree.tree_flatten((args, dict(kwargs)))
         distinct = {id(value): value for value in flat if isinstance(value, Tensor)}  # one that is given twice is one
         order = {key: n for n, key in enumerate(distinct)}
@@ -296,7 +307,7 @@ class Frame:
                 values[i] = made[n]
             return pytree.tree_unflatten(values, spec)
 
-        self.call, self.whole = call, whole
+        self.call, self.part, self.whole = call, part, whole
         self.inputs = Recipe(arguments, *map(_kept_elsewhere, distinct.values()))
         self.device = next(iter(distinct.values())).device
         self.state = _seeds.state(self.device)
@@ -332,13 +343,14 @@ class Frame:
         self.again, self.passed, self.chosen, self.left = True, 0, 0, {}
         try:
             with contextlib.ExitStack() as stack:
+                stack.enter_context(self.part.restored())
                 stack.enter_context(torch.no_grad())
                 stack.enter_context(_seeds.rewound(self.device, self.state))
                 for setting in self.autocast:
                     stack.enter_context(torch.autocast(**setting))
                 self.call(*args, **kwargs)
             raise RuntimeError(
-                f"backward ran {self.call.__name__} again, and it took another path than in forward: a model with "
+                f"backward ran {self.part.name} again, and it took another path than in forward: a model with "
                 "memory='recompute' or 'checkpoint' must do the same with the same input. Use memory='exact'"
             )
         except _Enough:
@@ -347,7 +359,10 @@ class Frame:
             self.again, _running.frame = False, before
 
 
-def framed(call: Callable[..., Any], args: Any, kwargs: Mapping[str, Any], whole: bool = False) -> Any:
+def framed(
+    call: Callable[..., Any], args: Any, kwargs: Mapping[str, Any], remember: Callable[[], Remembered],
+    whole: bool = False,
+) -> Any:  # fmt: skip
     """call(*args, **kwargs), as a frame where gradients are recorded and a frame can keep every argument."""
     if not torch.is_grad_enabled() or torch.compiler.is_compiling() or _running.frame is not None:
         return call(*args, **kwargs)
@@ -356,7 +371,7 @@ def framed(call: Callable[..., Any], args: Any, kwargs: Mapping[str, Any], whole
         return call(*args, **kwargs)
     if not all(value is None or isinstance(value, (Tensor, bool, int, float, str)) for value in flat):
         return call(*args, **kwargs)  # a cache, say, which a second run would fill a second time
-    frame = _running.frame = Frame(call, args, kwargs, whole)
+    frame = _running.frame = Frame(call, args, kwargs, remember(), whole)
     try:
         return call(*args, **kwargs)
     finally:

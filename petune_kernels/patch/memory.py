@@ -23,6 +23,7 @@ from torch import nn
 
 from ..ops import _saving as saving
 from . import mlp, pattern
+from .again import AsItWas
 from .trace import Trace
 
 LEVELS = ("exact", "coded", "recompute", "checkpoint")
@@ -91,29 +92,13 @@ def _last(layer: nn.Module, seen: Trace) -> list[nn.Module]:
 
 
 def _part(module: nn.Module, parts: Any, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    return saving.framed(_in_mode(module, own), args, _without_cache(module, kwargs))
+    return saving.framed(own, args, _without_cache(module, kwargs), functools.partial(AsItWas, module))
 
 
 def _layer(module: nn.Module, parts: Any, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     if module.training and getattr(module, "gradient_checkpointing", False):  # transformers' own, which is on
         return own(*args, **kwargs)
-    return saving.framed(_in_mode(module, own), args, _without_cache(module, kwargs), whole=True)
-
-
-def _in_mode(module: nn.Module, own: Callable[..., Any]) -> Callable[..., Any]:
-    """What runs `own`, now and again in backward, and only in the mode that the module is in now: dropout."""
-    mode = module.training
-
-    def run(*args: Any, **kwargs: Any) -> Any:
-        if module.training != mode:
-            raise RuntimeError(
-                f"memory='recompute' or 'checkpoint': train() or eval() was called between forward and backward; "
-                f"backward runs {type(module).__name__} again, which was in {'training' if mode else 'evaluation'}"
-            )
-        return own(*args, **kwargs)
-
-    run.__name__ = f"the forward of {type(module).__name__}"
-    return run
+    return saving.framed(own, args, _without_cache(module, kwargs), functools.partial(AsItWas, module), whole=True)
 
 
 def _kept(module: nn.Module, parts: Any, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

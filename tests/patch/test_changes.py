@@ -341,11 +341,6 @@ def test_a_mode_changed_between_forward_and_backward() -> None:
     with pytest.raises(RuntimeError, match=r"train\(\) or eval\(\) was called between forward and backward"):
         loss.backward()
     model.train()
-    pk.patch(model, memory="recompute")
-    loss = logits(model, input_ids=ids()).sum()
-    model.bert.encoder.layer[0].intermediate.intermediate_act_fn = nn.ReLU()
-    with pytest.raises(RuntimeError, match="ran the forward of BertIntermediate again, and it took another path"):
-        loss.backward()
     logits(model, input_ids=ids()).sum().backward()
 
 

@@ -262,7 +262,7 @@ def test_a_model_that_does_something_else_the_second_time_is_told() -> None:
     loss = model(**data).loss
     for block in model.modules():
         if block.__dict__.get("forward") and type(block).__name__ == "BertIntermediate":
-            block.intermediate_act_fn.register_forward_hook(lambda *_: None)  # from now on torch's own runs
+            block.intermediate_act_fn.approximate = "not known"  # from now on torch's own runs
     with pytest.raises(RuntimeError, match="took another path than in forward"):
         loss.backward()
 
