@@ -6,6 +6,7 @@ the same seeds again.
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -48,23 +49,29 @@ class Sources:
         }
 
 
-_sources: Sources | None = None
+class _Here(threading.local):
+    """A thread's own: beside a packed model, another may run in another thread. What runs again in autograd's threads
+    brings its sources along (`rewound`)."""
+
+    sources: Sources | None = None
+
+
+_here = _Here()
 
 
 @contextlib.contextmanager
 def replicated(sources: Sources | None) -> Iterator[None]:
     """Within it every op draws a seed a replica from `sources`; None: one from torch's own generator."""
-    global _sources
-    before, _sources = _sources, sources
+    before, _here.sources = _here.sources, sources
     try:
         yield
     finally:
-        _sources = before
+        _here.sources = before
 
 
 def packed() -> bool:
     """Whether each replica draws for itself now."""
-    return _sources is not None
+    return _here.sources is not None
 
 
 def _draw(device: torch.device, count: int, generator: torch.Generator | None) -> torch.Tensor:
@@ -76,12 +83,13 @@ def new_seeds(n: int, device: torch.device, count: int = 1) -> Sequence[torch.Te
 
     Drawn at once: on a GPU a draw is a launch.
     """
-    if _sources is None:
+    sources = _here.sources
+    if sources is None:
         drawn = _draw(device, n * count, None)
         return drawn.view(n, count).unbind() if n > 1 else (drawn,)
-    if count not in (1, len(_sources)):
-        raise ValueError(f"{count} replicas of a parameter in a packed run of {len(_sources)}; they must agree")
-    return _sources.draw(device, n).unbind()
+    if count not in (1, len(sources)):
+        raise ValueError(f"{count} replicas of a parameter in a packed run of {len(sources)}; they must agree")
+    return sources.draw(device, n).unbind()
 
 
 def new_seed(device: torch.device, count: int = 1) -> torch.Tensor:
@@ -93,8 +101,8 @@ def state(device: torch.device) -> Any:
     return (
         torch.get_rng_state(),
         torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
-        _sources,
-        None if _sources is None else _sources.state(),
+        _here.sources,
+        None if _here.sources is None else _here.sources.state(),
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch import Tensor
@@ -87,3 +89,19 @@ def test_rewound_to_before_the_first_draw() -> None:
         with _seeds.rewound(CPU, state):
             assert torch.equal(_seeds.new_seed(CPU), first)
         assert _seeds.new_seed(CPU).tolist() == [alone(3, 2)[1], alone(4, 2)[1]]
+
+
+def test_another_thread_draws_for_itself_until_it_is_given_the_sources() -> None:
+    """Beside a packed run another model may run; what backward runs again in another thread is the packed run's."""
+    with ThreadPoolExecutor(1) as other:
+        with _seeds.replicated(_seeds.Sources([3, 4])):
+            state = _seeds.state(CPU)
+            first = _seeds.new_seed(CPU)
+            assert not other.submit(_seeds.packed).result()
+            assert other.submit(_seeds.new_seed, CPU).result().shape == (1,)
+
+        def again() -> torch.Tensor:
+            with _seeds.rewound(CPU, state):
+                return _seeds.new_seed(CPU)
+
+        assert torch.equal(other.submit(again).result(), first)
