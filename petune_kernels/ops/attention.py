@@ -17,7 +17,7 @@ A row that sees nothing (every column -inf) has o = 0 and no gradient, where eag
 holds the dtype's finite minimum everywhere, as Hugging Face writes it, sees every column alike, as in eager. On a GPU
 every mask made here is finite (`hidden`): a row that sees nothing gets what it would get without a mask.
 
-Saved: q, k, v (grouped heads once), the mask and the seed; in a frame (_saving.py) not q, k and v. Eager keeps the
+Saved: q, k, v (grouped heads once), the mask and the seed; in a frame (_frames.py) not q, k and v. Eager keeps the
 softmax, its dropped copy and the mask: three [B, h, S, K] tensors. The mask gets no gradient: it would be the [S, K]
 tensor this op avoids.
 
@@ -37,6 +37,7 @@ from torch import Tensor
 from .. import backends, meta
 from ..backends import pick
 from . import _checks as check
+from . import _frames as frames
 from . import _saving as saving
 from ._seeds import new_seed, packed, rewound, state
 
@@ -53,7 +54,7 @@ class Attention(torch.autograd.Function):
         p: float,
         scale: float,
         causal: bool,
-        place: saving.Place | None,
+        place: frames.Place | None,
     ) -> Tensor:
         saving.save(ctx, *(place.slots(3) if place else (q, k, v)), mask, seed)
         ctx.p, ctx.scale, ctx.causal = p, scale, causal
@@ -79,7 +80,7 @@ class NativeAgain(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p: float, scale: float, causal: bool,
-        place: saving.Place,
+        place: frames.Place,
     ) -> Tensor:  # fmt: skip
         saving.save(ctx, *place.slots(3), mask)
         ctx.p, ctx.scale, ctx.causal, ctx.state = p, scale, causal, state(q.device)
@@ -237,7 +238,7 @@ def attention(
         scale = q.shape[3] ** -0.5
     if mask is not None:
         mask = _check_mask(op, mask, q, k.shape[2])
-    place = saving.place()
+    place = frames.place(op)
     if place:
         place.leave(q, k, v)
     tracked = check.tracked(q, k, v)
@@ -266,7 +267,7 @@ def attention(
 
 def _left(o: Tensor) -> Tensor:
     """o, which a layer that runs again makes again; elsewhere the projection after it keeps it, if it must."""
-    if saving.whole_layer() and (place := saving.place()):
+    if frames.whole_layer() and (place := frames.place("attention's output")):
         place.leave(o)
         if o.requires_grad:
             saving.describe(o, place.slots(1)[0])

@@ -21,7 +21,7 @@ Backward:
 All three gradients come from one pass over dh, u and gate. dbias is summed from du before du is rounded, in fp32, over
 pieces of rows that depend on T and G alone; the pieces are added in order.
 
-Saved: u and gate, the inputs themselves; in a frame (_saving.py) not even these. h is never a saved tensor: a
+Saved: u and gate, the inputs themselves; in a frame (_frames.py) not even these. h is never a saved tensor: a
 projection after it that needs it makes it again from u and gate, as dgate does.
 
 coded: in place of u a byte an element, act'(v) in 256 uniform steps over its range; du is then off by the code's
@@ -39,13 +39,14 @@ from torch import Tensor
 from ..backends import pick
 from ..schema import ACTIVATIONS
 from . import _checks as check
+from . import _frames as frames
 from . import _saving as saving
 
 
 class BiasAct(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, u: Tensor, bias: Tensor | None, gate: Tensor | None, act: int, place: saving.Place | None
+        ctx: Any, u: Tensor, bias: Tensor | None, gate: Tensor | None, act: int, place: frames.Place | None
     ) -> Tensor:
         kept_u, kept_gate = place.slots(2) if place else (u, gate)
         saving.save(ctx, kept_u, bias, kept_gate)
@@ -123,7 +124,7 @@ def bias_act(
     if act not in ACTIVATIONS:
         raise ValueError(f"{op}: act is {act!r}; accepted are {', '.join(ACTIVATIONS)}")
     index = ACTIVATIONS.index(act)
-    place = saving.place()
+    place = frames.place(op)
     if place:
         place.leave(u, gate)
     if check.tracked(u, bias, gate):

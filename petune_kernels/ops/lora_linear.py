@@ -35,6 +35,7 @@ from torch import Tensor
 from .. import matmul  # registers the ops' matmul kernels, too
 from ..backends import pick
 from . import _checks as check
+from . import _frames as frames
 from . import _saving as saving
 from ._seeds import new_seeds
 
@@ -345,7 +346,7 @@ def lora_linear(
 def project(x: Tensor, its: Sequence[Projection]) -> tuple[Tensor, ...]:
     """`lora_linear` of projections that share x, for who has them in this form."""
     if are_rows(x) and check.autocast_dtype(x) is None and all([usual(x, it) for it in its]):
-        if saving.decided(not torch.is_grad_enabled()) and all([_is_small(x, it) for it in its]):
+        if not frames.recording() and all([_is_small(x, it) for it in its]):
             return tuple([_by_torch(x, it) for it in its])
         return _run(x, its, [None] * len(its), 1, "auto")
     w, bias, a, b, bias_b, scale, p = map(list, zip(*its, strict=True))

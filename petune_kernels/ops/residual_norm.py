@@ -36,6 +36,7 @@ from torch import Tensor
 
 from ..backends import pick
 from . import _checks as check
+from . import _frames as frames
 from . import _saving as saving
 from ._seeds import new_seed
 
@@ -51,7 +52,7 @@ class ResidualNorm(torch.autograd.Function):
         beta: Tensor | None,
         seed: Tensor | None,
         how: tuple[float, float, bool, bool],
-        place: saving.Place | None,
+        place: frames.Place | None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         p, eps, rms, want_z = how
         keep_z = want_z or is_z(bias, residual, seed)
@@ -176,7 +177,7 @@ def residual_norm(
         seed = None
     elif seed is None:
         seed = new_seed(x.device)
-    place = saving.place()
+    place = frames.place(op)
     if check.tracked(x, bias, residual, gamma, beta):
         return ResidualNorm.apply(x, bias, residual, gamma, beta, seed, (p, eps, rms, return_z), place)
     keep_z = return_z or is_z(bias, residual, seed)

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ops import _saving as saving
+from ..ops import _frames as frames
 from ..ops import attention as op
 from . import pattern, trace
 from .trace import Trace
@@ -211,7 +211,7 @@ def attention_interface(
         mask = bias + mask[..., : key.shape[2]]
     elif bias is not None:
         mask = bias[..., : key.shape[2]]
-    if dropout >= 1.0 or mask is not None and saving.decided(mask.requires_grad and torch.is_grad_enabled()):
+    if dropout >= 1.0 or mask is not None and frames.decided(mask.requires_grad and torch.is_grad_enabled()):
         mask = None if mask is None else op.additive_mask(mask, query.dtype)
         return op.native(query, key, value, mask, dropout, scale, causal).transpose(1, 2), None
     mask = None if mask is None else mask.detach()

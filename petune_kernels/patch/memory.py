@@ -5,7 +5,7 @@
     recompute    not q, k, v and the feed-forward block's inner rows: their projections run again in backward
     checkpoint   one row a layer: backward runs the layer again, but for its last projection, which nothing needs
 
-`recompute` makes frames (ops/_saving.py) of attention modules and feed-forward blocks, `checkpoint` of layers, as
+`recompute` makes frames (ops/_frames.py) of attention modules and feed-forward blocks, `checkpoint` of layers, as
 transformers' own checkpointing does. The norm that ends a layer stands outside the layer's frame: its row is what the
 next layer starts from.
 """
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..ops import _saving as saving
+from ..ops._frames import framed, outside
 from . import mlp, pattern
 from .again import AsItWas
 from .trace import Trace
@@ -92,17 +92,17 @@ def _last(layer: nn.Module, seen: Trace) -> list[nn.Module]:
 
 
 def _part(module: nn.Module, parts: Any, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    return saving.framed(own, args, _without_cache(module, kwargs), functools.partial(AsItWas, module))
+    return framed(own, args, _without_cache(module, kwargs), functools.partial(AsItWas, module))
 
 
 def _layer(module: nn.Module, parts: Any, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     if module.training and getattr(module, "gradient_checkpointing", False):  # transformers' own, which is on
         return own(*args, **kwargs)
-    return saving.framed(own, args, _without_cache(module, kwargs), functools.partial(AsItWas, module), whole=True)
+    return framed(own, args, _without_cache(module, kwargs), functools.partial(AsItWas, module), whole=True)
 
 
 def _kept(module: nn.Module, parts: Any, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    with saving.outside():
+    with outside():
         return own(*args, **kwargs)
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import meta
-from ..ops import _saving as saving
+from ..ops import _frames as frames
 from ..ops.frozen_linear import faster
 from ..ops.lora_linear import Projection, project
 from . import linear, lora, pattern
@@ -166,8 +166,8 @@ def _gains(it: Projection, x: Tensor) -> bool:
     weight that trains it does not ask, as `linear.run` does, whether x can be made again."""
     if it.a is not None:
         return True
-    trains = it.w.requires_grad and torch.is_grad_enabled()  # a model that generates has no use for the op's graph
-    return saving.decided(trains) or faster(x, it.w, it.bias)
+    trains = it.w.requires_grad and frames.recording()  # a model that generates has no use for the op's graph
+    return trains or faster(x, it.w, it.bias)
 
 
 PATTERN = Pattern("shared_input", _forward)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import petune_kernels as pk
 
@@ -85,6 +86,34 @@ def a_step_in_backward(model: nn.Module, data: dict[str, Any]) -> Gradients:
     return seen
 
 
+def backward_hooks_on_all_modules(model: nn.Module, data: dict[str, Any]) -> Gradients:
+    """Under which every module gets a tensor of its own, so that no two projections share x."""
+    hook = nn.modules.module.register_module_full_backward_hook(lambda *_: None)
+    try:
+        model(**data).loss.backward()
+    finally:
+        hook.remove()
+    return gradients(model)
+
+
+def checkpoints_inside(model: nn.Module, data: dict[str, Any]) -> Gradients:
+    for module in model.modules():
+        if type(module).__name__ in ("BertIntermediate", "LlamaMLP", "BartAttention"):
+            own = module.forward
+            module.forward = lambda *a, own=own, **k: checkpoint(own, *a, use_reentrant=False, **k)
+    model(**data).loss.backward()
+    return gradients(model)
+
+
+def linears_compiled_one_by_one(model: nn.Module, data: dict[str, Any]) -> Gradients:
+    torch._dynamo.reset()
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.compile(backend="eager")
+    model(**data).loss.backward()
+    return gradients(model)
+
+
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("regime", ("full", "bitfit"))
 @pytest.mark.parametrize("family", ("bert", "llama", "bart"))
@@ -92,7 +121,7 @@ def a_step_in_backward(model: nn.Module, data: dict[str, Any]) -> Gradients:
     "work",
     (
         functional_call, a_hook_in_forward, a_hook_on_all_modules, a_hook_before_backward, another_module,
-        a_step_in_backward,
+        a_step_in_backward, backward_hooks_on_all_modules, checkpoints_inside, linears_compiled_one_by_one,
     ),
 )  # fmt: skip
 def test_what_was_lent_for_a_forward_is_there_again(
@@ -175,3 +204,27 @@ def test_what_is_there_again_is_gone_after_it() -> None:
     a_hook_in_forward(model, batch())
     assert all(vars(m)[n] == v for m, held in before.items() for n, v in held.items() if n != "_parameters")
     assert all(v is vars(m)["_parameters"][n] for m, held in before.items() for n, v in held["_parameters"].items())
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("family", ("bert", "llama"))
+def test_rows_with_adapters_of_their_own(family: str, level: str) -> None:
+    """Which PEFT tells its layers by hooks that are gone after forward."""
+    from peft import LoraConfig, get_peft_model
+
+    config: Any = dict(r=4, target_modules="all-linear", init_lora_weights=False)
+    torch.manual_seed(0)
+    model = get_peft_model(quiet(build(family, torch.float64)), LoraConfig(**config)).eval()  # PEFT insists
+    model.add_adapter("other", LoraConfig(**config))
+    model.double().requires_grad_(True)
+    data = batch(family) | {"adapter_names": ["default", "other", "__base__"]}
+    found = []
+    for patched in (False, True):
+        if patched:
+            pk.patch(model, memory=level)
+        model.zero_grad()
+        model(**data).loss.backward()
+        found.append(gradients(model))
+    assert found[0].keys() == found[1].keys()
+    for n, g in found[0].items():
+        torch.testing.assert_close(found[1][n], g, rtol=1e-9, atol=1e-12, msg=n)
