@@ -113,23 +113,26 @@ def save(ctx: Any, *items: Item) -> None:
         ctx.save_for_backward(*items)
         ctx.bare = None
         return
-    kept: list[Tensor | None] = []
+    leaves: list[Tensor | None] = []
     bare: list[Recipe | None] = []
     for item in items:
         if isinstance(item, Recipe):
-            kept.extend(item.leaves())
+            leaves.extend(item.leaves())
             bare.append(item.bare())
         else:
-            kept.append(item)
+            leaves.append(item)
             bare.append(None)
-    ctx.save_for_backward(*kept)
-    ctx.bare = bare
+    kept = {id(leaf): leaf for leaf in leaves}  # each once: hooks on saved tensors would move it as often as it is kept
+    place = {key: n for n, key in enumerate(kept)}
+    ctx.save_for_backward(*kept.values())
+    ctx.bare, ctx.order = bare, [place[id(leaf)] for leaf in leaves]
 
 
 def load(ctx: Any) -> Sequence[Any]:
     if ctx.bare is None:
         return ctx.saved_tensors
-    kept = iter(ctx.saved_tensors)
+    saved = ctx.saved_tensors
+    kept = iter([saved[n] for n in ctx.order])
     return [next(kept) if recipe is None else recipe.again(kept) for recipe in ctx.bare]
 
 
