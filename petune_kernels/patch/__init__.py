@@ -258,7 +258,6 @@ def _groups(model: nn.Module, seen: trace.Trace) -> tuple[dict[nn.Module, shared
     """Module -> its group, and module -> why the group it would be in was refused."""
     groups: dict[nn.Module, shared_input.Group] = {}
     refused: dict[nn.Module, str] = {}
-    layer_of = {m: layer for layer in filter(levels.is_layer, model.modules()) for m in layer.modules()}
     for modules in shared_input.groups(model, seen):
         if any(pattern.foreign_forward(m) or pattern.pattern_of(m) for m in modules):
             continue
@@ -266,7 +265,7 @@ def _groups(model: nn.Module, seen: trace.Trace) -> tuple[dict[nn.Module, shared
         if reason:
             refused |= dict.fromkeys(modules, f"shared_input: {reason}")
         else:
-            groups |= dict.fromkeys(modules, shared_input.Group(modules, layer_of.get(modules[0])))
+            groups |= dict.fromkeys(modules, shared_input.Group(modules))
     return groups, refused
 
 

@@ -201,7 +201,7 @@ def attention_interface(
     S, K, mask = query.shape[2], key.shape[2], attention_mask
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
     causal = S > 1 and mask is None and bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
-    if kwargs.get("output_attentions") or _collected():
+    if kwargs.get("output_attentions") or _collected(module):
         return _with_weights(module, query, key, value, mask, scale, dropout, causal, **kwargs)
     if causal and K > S:  # filling an empty static cache: the columns past S hold nothing yet
         key, value = key[:, :, :S], value[:, :, :S]
@@ -218,10 +218,16 @@ def attention_interface(
     return op.attention(query, key, value, mask, dropout, scale, causal).transpose(1, 2), None
 
 
-def _collected() -> bool:
-    """Whether transformers collects attentions in this call, by hooks on the modules, which get no argument."""
-    module = sys.modules.get("transformers.utils.output_capturing")
-    return module is not None and "attentions" in (module._active_collector.get() or ())
+def _collected(module: nn.Module) -> bool:
+    """Whether transformers collects attentions in this call, by hooks on the modules, which get no argument. A compiler
+    can ask that only within the model's own forward; elsewhere a module without hooks has none to collect."""
+    theirs = sys.modules.get("transformers.utils.output_capturing")
+    if theirs is None:
+        return False
+    collector = theirs._active_collector
+    if torch.compiler.is_compiling() and not module._forward_hooks and not getattr(collector, "compiling", True):
+        return False
+    return "attentions" in (collector.get() or ())
 
 
 def _with_weights(

@@ -46,12 +46,12 @@ class Pending:
 
 
 class Group:
-    """The projections in the order of their calls, the layer that they are in, and what the first of them has left for
-    the others. Each thread has its own: another may run the same model at the same time, and autograd's threads, in
-    which a layer may run again, must start with nothing left, as forward does."""
+    """The projections in the order of their calls, and what the first of them has left for the others. Each thread has
+    its own: another may run the same model at the same time, and autograd's threads, in which a layer may run again,
+    must start with nothing left, as forward does."""
 
-    def __init__(self, modules: tuple[nn.Module, ...], layer: nn.Module | None = None):
-        self.modules, self.layer = modules, layer
+    def __init__(self, modules: tuple[nn.Module, ...]):
+        self.modules = modules
         self._compiled: Pending | None = None
         self._threads = threading.local()
 
@@ -67,17 +67,26 @@ class Group:
             self._threads.pending = pending
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"modules": self.modules, "layer": self.layer}
+        return {"modules": self.modules}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
 
-    def leaves(self, x: Tensor) -> bool:
-        """Whether results may be left for the others: not where x has no version that tells a change (in inference
-        mode), nor in a layer that torch.compile checkpoints, whose forward may have no side effects."""
-        if torch.compiler.is_compiling():
-            return not (self.layer is not None and self.layer.gradient_checkpointing and self.layer.training)
-        return not x.is_inference()
+
+def _leaves(x: Tensor) -> bool:
+    """Whether results may be left for the others: not where x has no version that tells a change (in inference mode),
+    nor in what torch.compile traces as an operator of its own (a checkpoint), which may have no side effects."""
+    return not _in_operator() if torch.compiler.is_compiling() else not x.is_inference()
+
+
+@torch.compiler.assume_constant_result
+def _in_operator() -> bool:
+    try:
+        from torch._dynamo.symbolic_convert import InstructionTranslator
+
+        return InstructionTranslator.current_tx().output.current_tracer.parent is not None
+    except (ImportError, AttributeError):  # another torch's compiler
+        return True
 
 
 def is_projection(module: nn.Module) -> bool:
@@ -135,7 +144,7 @@ def _forward(module: nn.Module, group: Group, *args: Any, **kwargs: Any) -> Any:
             group.pending = None
         if fresh:
             return y
-    alone = module is not group.modules[0] or not group.leaves(x)
+    alone = module is not group.modules[0] or not _leaves(x)
     members = (module,) if alone else group.modules
     found: list[tuple[nn.Module, Projection]] = []
     own, gains = None, False

@@ -87,6 +87,27 @@ def test_a_compiled_layer_that_is_checkpointed_is_one_graph(adapted: bool) -> No
     assert (out.logits - own.logits).abs().max() < 1e-4
 
 
+@pytest.mark.parametrize("family", ("bert", "llama"))
+def test_layers_that_a_user_checkpoints_and_compiles_are_one_graph(family: str) -> None:
+    model = quiet(build(family)).train()
+    inner: Any = model.bert.encoder if family == "bert" else model.model
+    x = torch.randn(2, 5, 48, generator=torch.Generator().manual_seed(0))
+    more = {} if family == "bert" else {"position_embeddings": inner.rotary_emb(x, torch.arange(5)[None])}
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        for layer in inner.layer if family == "bert" else inner.layers:
+            y = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False, **more)
+            x = y[0] if isinstance(y, tuple) else y
+        return x
+
+    own = run(x)
+    pk.patch(model)
+    torch._dynamo.reset()
+    ours = torch.compile(run, backend="aot_eager", fullgraph=True)(x.requires_grad_())
+    assert (ours - own).abs().max() < 1e-4
+    ours.sum().backward()
+
+
 @pytest.mark.parametrize("regime", ["layernorm", "full"])
 @pytest.mark.parametrize("level", ["exact", "recompute"])
 def test_transformers_checkpointing_under_hooks_on_saved_tensors(level: str, regime: str) -> None:
