@@ -12,6 +12,8 @@ One op for all: one read of x for every rank-r product, dx accumulated by the ma
 from __future__ import annotations
 
 import threading
+import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ from torch import Tensor, nn
 
 from .. import meta
 from ..ops import _frames as frames
+from ..ops import _saving as saving
 from ..ops.frozen_linear import faster
 from ..ops.lora_linear import Projection, project
 from . import linear, lora, pattern
@@ -28,17 +31,26 @@ from .trace import Trace
 
 class Pending:
     """What one projection has computed for others of its group. They may take it while x, the weights and whether
-    gradients are recorded are as they were."""
+    gradients are recorded are as they were. It holds no x, and what is left goes with x: who is no longer called, or
+    was not because of an exception, leaves nothing behind."""
 
-    def __init__(self, x: Tensor, left: dict[nn.Module, Tensor], found: list[tuple[nn.Module, Projection]]):
-        self.x, self.left, self._recording = x, left, torch.is_grad_enabled()
+    def __init__(self, x: Tensor, left: dict[nn.Module, Tensor | None], found: list[tuple[nn.Module, Projection]]):
+        self.left, self._recording = left, torch.is_grad_enabled()
+        self._compiled: Tensor | None = None
         self._read: list[tuple[Tensor, int]] = []
-        if not torch.compiler.is_compiling():
-            self._read.append((x, x._version))
-            for _, it in found:
-                self._read += [(t, t._version) for t in it[:5] if t is not None and not t.is_inference()]
+        if torch.compiler.is_compiling():
+            self._compiled = x
+            return
+        self._x, self._version = weakref.ref(x, lambda _: left.update(dict.fromkeys(left))), x._version
+        for _, it in found:
+            self._read += [(t, t._version) for t in it[:5] if t is not None and not t.is_inference()]
 
-    def fresh(self) -> bool:
+    def of(self, x: Tensor) -> bool:
+        return self._compiled is x if torch.compiler.is_compiling() else self._x() is x
+
+    def fresh(self, x: Tensor) -> bool:
+        if not torch.compiler.is_compiling() and x._version != self._version:
+            return False
         for t, version in self._read:
             if t._version != version:
                 return False
@@ -48,10 +60,13 @@ class Pending:
 class Group:
     """The projections in the order of their calls, and what the first of them has left for the others. Each thread has
     its own: another may run the same model at the same time, and autograd's threads, in which a layer may run again,
-    must start with nothing left, as forward does."""
+    must start with nothing left, as forward does.
+
+    idle: those for which something was left that they did not take. Nothing is computed for them until they are called
+    again. Under hooks on saved tensors that stays as it is: a checkpoint must save the same when it runs again."""
 
     def __init__(self, modules: tuple[nn.Module, ...]):
-        self.modules = modules
+        self.modules, self.idle = modules, frozenset[nn.Module]()
         self._compiled: Pending | None = None
         self._threads = threading.local()
 
@@ -65,6 +80,23 @@ class Group:
             self._compiled = pending
         else:
             self._threads.pending = pending
+
+    def members(self) -> Sequence[nn.Module]:
+        """For whom the first of them computes now."""
+        if not self.idle or torch.compiler.is_compiling():
+            return self.modules
+        return [m for m in self.modules if m not in self.idle]
+
+    def see(self, called: nn.Module, pending: Pending | None) -> None:
+        """One was called for which nothing was left."""
+        if torch.compiler.is_compiling():
+            return
+        untaken = set[nn.Module]()
+        if pending is not None and called is self.modules[0]:
+            untaken.update(pending.left)
+            self.pending = None
+        if saving.under.now() is None:
+            self.idle = (self.idle | untaken) - {called}
 
     def __getstate__(self) -> dict[str, Any]:
         return {"modules": self.modules}
@@ -138,14 +170,16 @@ def _forward(module: nn.Module, group: Group, *args: Any, **kwargs: Any) -> Any:
         return type(module).forward(module, *args, **kwargs)
     (x,) = args
     pending = group.pending
-    if pending is not None and pending.x is x and module in pending.left:
-        y, fresh = pending.left.pop(module), pending.fresh()
+    if pending is not None and module in pending.left and pending.of(x):
+        own_y, fresh = pending.left.pop(module), pending.fresh(x)
         if not pending.left or not fresh:
             group.pending = None
         if fresh:
-            return y
-    alone = module is not group.modules[0] or not _leaves(x)
-    members = (module,) if alone else group.modules
+            return own_y
+    first = module is group.modules[0]
+    if group.idle or (first and pending is not None):
+        group.see(module, pending)
+    members = group.members() if first and _leaves(x) else (module,)
     found: list[tuple[nn.Module, Projection]] = []
     own, gains = None, False
     for member in members:
@@ -161,7 +195,8 @@ def _forward(module: nn.Module, group: Group, *args: Any, **kwargs: Any) -> Any:
     found = [(member, it) for member, it in found if it.takes(x)]
     if len(found) == 1 and own.a is None:
         return linear.run(own.w, own.bias, x)
-    left = dict(zip([member for member, _ in found], project(x, [it for _, it in found]), strict=True))
+    made = project(x, [it for _, it in found])
+    left: dict[nn.Module, Tensor | None] = dict(zip([member for member, _ in found], made, strict=True))
     y = left.pop(module)
     if left or group.pending is not None:  # a compiler takes even None for a change
         group.pending = Pending(x, left, found) if left else None
