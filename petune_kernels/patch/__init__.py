@@ -83,9 +83,9 @@ def patch(
     Raises:
         TypeError: `model` is no nn.Module, or `cuda_graphs` none of these.
         ValueError: `memory` is none of these, or `cuda_graphs` does not go with it.
-        PatchError: nothing in it matches, its parameters are sharded already, `strict` and something was left alone,
-            nothing in it could be set to `memory`, `cuda_graphs` and it is not on a GPU or has no stack of layers, or
-            it is on a GPU for which the CUDA library was not built.
+        PatchError: nothing in it matches, it is replicated, its parameters are sharded already, `strict` and something
+            was left alone, nothing in it could be set to `memory`, `cuda_graphs` and it is not on a GPU or has no stack
+            of layers, or it is on a GPU for which the CUDA library was not built.
             The model is then as before.
     """
     if memory not in levels.LEVELS:
@@ -93,6 +93,8 @@ def patch(
     graphs.check(cuda_graphs, memory)
     if not isinstance(model, nn.Module):
         raise TypeError(f"patch: model is {type(model).__name__}; accepted is a torch.nn.Module")
+    if pattern.replicated(model):
+        raise PatchError("patch: the model is replicated, and patched with it; release() it first")
     sharded = next((n for n, p in model.named_parameters() if hasattr(p, "full_tensor")), None)
     if sharded is not None:
         raise PatchError(f"patch: {sharded} is sharded (a DTensor); patch the model once, before fully_shard")
@@ -149,10 +151,13 @@ def unpatch(model: nn.Module) -> None:
 
     Raises:
         TypeError: `model` is no nn.Module.
-        PatchError: something else replaced a patched module's forward afterwards; nothing is changed then.
+        PatchError: it is replicated, or something else replaced a patched module's forward afterwards; nothing is
+            changed then.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"unpatch: model is {type(model).__name__}; accepted is a torch.nn.Module")
+    if pattern.replicated(model):
+        raise PatchError("unpatch: the model is replicated; release() it first, or take one run with replica(g)")
     bound = {path: module for path, module in model.named_modules() if pattern.bound(module)}
     foreign = [path for path, module in bound.items() if pattern.foreign_forward(module)]
     if foreign:

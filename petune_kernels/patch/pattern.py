@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 _MARK = "_petune_pattern"
 GRAPHS = "_petune_graphs"  # where the graphs of a stack are kept (graphs.py)
+REPLICAS = "_petune_replicas"
+"""In the __dict__ of a packed model's modules: the forward that the instance had before, or None (replicas/bind.py)."""
 _BOUND = ("forward", _MARK, GRAPHS)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _HOOK_FLAGS = ("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs")
@@ -91,6 +93,10 @@ def drop_hooks(twin: nn.Module) -> None:
 def pattern_of(module: nn.Module) -> str | None:
     """The name of the pattern bound to this instance, or None."""
     return module.__dict__.get(_MARK)
+
+
+def replicated(model: nn.Module) -> bool:
+    return any(REPLICAS in m.__dict__ for m in model.modules())
 
 
 def bound(module: nn.Module) -> bool:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from petune_kernels.patch import pattern
 from petune_kernels.regimes import sampled
 from petune_kernels.regimes.report import CountRow, CountTable, TuneReport
 from petune_kernels.regimes.structure import Anatomy, Member, read
@@ -70,10 +71,12 @@ def tune(
         costs its full gradient for a moment.
 
     Raises TypeError for a wrong type, and ValueError for an unknown regime, layers that are empty, repeated or out of
-    range, a model without blocks, a regime that matches nothing in it, a PEFT model (its configuration has chosen
-    already) and a choice that leaves nothing to train. After an error the model is as it was.
+    range, a model without blocks, a replicated one, a regime that matches nothing in it, a PEFT model (its
+    configuration has chosen already) and a choice that leaves nothing to train. After an error the model is as it was.
     """
     _check_types(model, regime, layers, train_head, train_pooler, embedding_norm, budget, fraction, seed)
+    if pattern.replicated(model):
+        raise ValueError("tune: the model is replicated, with what trains; release() it first")
     anatomy = read(model, ignore=sampled.settle(model))
     chosen = _choose(anatomy, regime, layers, train_head, embedding_norm)
     head = anatomy.head if train_head else ()

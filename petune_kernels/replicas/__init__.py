@@ -38,6 +38,9 @@ _MIXED = "labels are given; a loss over the whole batch mixes replicas: make one
 _LOSS_OF_ALL = ("labels", "label", "label_ids", "start_positions", "end_positions")
 
 
+_SAVE = "save_pretrained"
+
+
 class ReplicaError(RuntimeError):
     """A model that cannot be packed, with the reason, or a packed model used as it cannot be."""
 
@@ -106,6 +109,7 @@ def replicate(
 def _undo(model: nn.Module, before: dict[nn.Module, dict[str, Any]], attending: bool) -> None:
     """Takes off what `replicate` bound: its own forwards, and patches that were not there before."""
     pattern.bind_again(before)
+    model.__dict__.pop(_SAVE, None)
     for module in model.modules():
         module.__dict__.pop(binding.MARK, None)
         if not attending and attention.bound(module):
@@ -180,6 +184,8 @@ class Replicas:
             binder(model.get_submodule(path))
         self._pack()
         binding.bind(model, functools.partial(_forward, self))
+        if hasattr(model, "save_pretrained"):
+            model.__dict__[_SAVE] = _no_checkpoint
         self._bound = [(m, m.__dict__["forward"]) for m in model.modules() if "forward" in m.__dict__]
 
     @property
@@ -275,6 +281,7 @@ class Replicas:
         values = {id(p): nn.Parameter(own[name].detach().clone()) for name, p in self._packed.items()}
         copied = twin(self.model, values, share=False, forget=self)
         binding.unbind(copied)
+        copied.__dict__.pop(_SAVE, None)
         unpatch(copied)
         return copied
 
@@ -348,13 +355,23 @@ class Replicas:
         if not torch.compiler.is_compiling() and any(
             own[n].data_ptr() != p.data_ptr() for n, p in self._packed.items()
         ):
-            raise ReplicaError("the model was moved or cast since `replicate`, the replicas' parameters were not")
+            raise ReplicaError(
+                "the replicas' parameters are no rows of the model's: it is a copy, or was moved or cast since "
+                "`replicate`"
+            )
         if any(p.requires_grad for p in self._frozen):
             raise ReplicaError(
                 "a parameter that all replicas share was set to train since `replicate`; release() first"
             )
         if any(getattr(m, "gradient_checkpointing", False) and m.training for m in self.model.modules()):
             raise ReplicaError("transformers' gradient checkpointing would draw other dropout masks in backward")
+
+
+def _no_checkpoint(*args: Any, **kwargs: Any) -> None:
+    raise ReplicaError(
+        "save_pretrained: the model is replicated, and nothing loads G rows of a parameter; save runs.replica(g), or "
+        "release() it first"
+    )
 
 
 def _forward(replicas: Replicas, model: nn.Module, *args: Any, **kwargs: Any) -> Any:

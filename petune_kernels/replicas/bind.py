@@ -19,8 +19,7 @@ from ..ops.frozen_linear import frozen_linear
 from ..ops.replica_linear import replica_linear
 from ..patch import PatchReport, linear, lora, norm, pattern
 
-MARK = "_petune_replicas"
-"""In a module's __dict__: the forward that its instance had before, or None."""
+MARK = pattern.REPLICAS
 
 
 def _linear(module: Any, x: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -233,7 +234,9 @@ def test_a_model_that_was_moved_is_refused(move: Any) -> None:
     batch = runs.repeat(unlabelled(next(data("bert", 0))))
     model(**batch)
     move(model)
-    with pytest.raises(pk.ReplicaError, match="moved or cast since `replicate`"):
+    with pytest.raises(
+        pk.ReplicaError, match="no rows of the model.s: it is a copy, or was moved or cast since `replicate`"
+    ):
         model(**batch)
 
 
@@ -242,7 +245,7 @@ def test_packing_again_and_unpatching_are_refused() -> None:
     runs = pk.replicate(model, [0, 1], init=init)
     with pytest.raises(pk.ReplicaError, match="is it packed already"):
         pk.replicate(model, [0, 1])
-    with pytest.raises(pk.PatchError, match="the forward of score was replaced after patching"):
+    with pytest.raises(pk.PatchError, match="unpatch: the model is replicated"):
         pk.unpatch(model)
     del model.model.norm.forward
     with pytest.raises(pk.ReplicaError, match="replaced or taken off since"):
@@ -354,3 +357,23 @@ def test_gradients_go_to_the_replicas_of_their_forward() -> None:
         runs.stop(1), runs.resume(1)
         for p in (*runs.parameters(0), *runs.parameters(1)):
             p.grad = None
+
+
+@pytest.mark.parametrize("regime", ("layernorm", "lora"))
+def test_a_replicated_model_is_released_before_it_is_changed_or_saved(regime: str, tmp_path: Any) -> None:
+    model = make("bert", regime)
+    runs = pk.replicate(model, [0, 1], init="keep")
+    before = condition(model)
+    for call, error in (
+        (pk.patch, pk.PatchError), (pk.unpatch, pk.PatchError), (lambda m: pk.tune(m, "full"), ValueError),
+        (lambda m: m.save_pretrained(tmp_path), pk.ReplicaError),
+    ):  # fmt: skip
+        if regime == "layernorm" or error is not ValueError:  # what PEFT has chosen is not tuned at all
+            with pytest.raises(error, match="the model is replicated"):
+                call(model)
+    assert condition(model) == before and not any(tmp_path.iterdir())
+    with pytest.raises(pk.ReplicaError, match="it is a copy"):
+        copy.deepcopy(model)(**runs.repeat(unlabelled(next(data("bert", 0)))))
+    runs.replica(1).save_pretrained(tmp_path / "one")
+    runs.release().save_pretrained(tmp_path / "released")
+    assert any((tmp_path / "one").iterdir()) and any((tmp_path / "released").iterdir())
