@@ -201,12 +201,11 @@ def _lora_linear_backward_flops(
     return total
 
 
-def _packed_linear_flops(x, w, bias, out_shape=None):
-    return sum(2 * x[0] * N * K for N, K in w)
+def _packed_linear_flops(rows, w, *_, out_shape=None):
+    return sum(2 * rows[0] * N * K for N, K in w)
 
 
-def _packed_linear_backward_flops(dy, w, out_shape=None):
-    return sum(2 * dy[0] * N * K for N, K in w)
+_packed_linear_backward_flops = _packed_linear_flops
 
 
 def _define() -> None:

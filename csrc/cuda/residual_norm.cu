@@ -13,6 +13,8 @@
 // The column sums of the backward live in fp32 registers over all rows of a group and are switched at compile time
 // (kSums), because they decide how many registers a thread needs. Everything else unwanted is a null pointer that the
 // whole grid agrees on: one predicate, no load, no store, no arithmetic.
+#include <utility>
+
 #include "reduce.cuh"
 
 namespace petune::cuda {
@@ -591,39 +593,24 @@ __global__ void __launch_bounds__(kBlock, 2)
 
 using BackwardKernel = void (*)(ResidualNormBackward, Rows, ColumnSums);
 
-template <typename T, int C>
-BackwardKernel backward_rows(int sums) {
-  switch (sums) {
-    case 0:
-      return residual_norm_backward_rows<T, C, 0>;
-    case 1:
-      return residual_norm_backward_rows<T, C, 1>;
-    case 2:
-      return residual_norm_backward_rows<T, C, 2>;
-    case 3:
-      return residual_norm_backward_rows<T, C, 3>;
-    case 4:
-      return residual_norm_backward_rows<T, C, 4>;
-    case 5:
-      return residual_norm_backward_rows<T, C, 5>;
-    case 6:
-      return residual_norm_backward_rows<T, C, 6>;
-    default:
-      return residual_norm_backward_rows<T, C, 7>;
-  }
+template <typename T, int C, int... kSums>
+BackwardKernel backward_rows(int sums, std::integer_sequence<int, kSums...>) {
+  const BackwardKernel kernels[] = {residual_norm_backward_rows<T, C, kSums>...};
+  return kernels[sums];
 }
 
 template <typename T>
 BackwardKernel backward_kernel(int chunks, int sums, bool vector) {
+  constexpr auto kEverySum = std::make_integer_sequence<int, 1 << kMaxSums>();
   switch (chunks) {
     case 1:
-      return backward_rows<T, 1>(sums);
+      return backward_rows<T, 1>(sums, kEverySum);
     case 2:
-      return backward_rows<T, 2>(sums);
+      return backward_rows<T, 2>(sums, kEverySum);
     case 3:
-      return backward_rows<T, 3>(sums);
+      return backward_rows<T, 3>(sums, kEverySum);
     case 4:
-      return backward_rows<T, 4>(sums);
+      return backward_rows<T, 4>(sums, kEverySum);
     default:
       return vector ? residual_norm_backward_any<T, true> : residual_norm_backward_any<T, false>;
   }

@@ -67,33 +67,20 @@ def fitting(
     where the method does not fit it.
     """
     with _fits(method):
-        return _fitting(folder, method, task, recipe, dropout, device, runs, processes)
-
-
-def _fitting(
-    folder: Path,
-    method: Method,
-    task: TaskData,
-    recipe: Recipe,
-    dropout: bool,
-    device: str | torch.device,
-    runs: int,
-    processes: int,
-) -> int:
-    one = Tuning(folder, method, task, recipe, Seeds(0, 0), True, dropout, torch.device(device), None)
-    model, _, _ = _prepared(one)
-    pk.patch(model, memory=recipe.memory)
-    longest = one.train_data.by_length(range(len(task.train)))[-recipe.batch :]
-    inputs = one.train_data.inputs(longest)
-    given = [*model.parameters(), *model.buffers(), *inputs.values()]
-    step = saved_bytes(lambda: one.loss(model.train()(**inputs).logits, one.train_data.labels(longest)), given)
-    # value, packed and own gradient, two moments and the kept checkpoint
-    own = sum(p.numel() * (p.element_size() + 5 * 4) for p in model.parameters() if p.requires_grad)
-    most = min(runs, MOST, int(_SHARE * free_memory(device) / processes / (_SLACK * step + own)))
-    if most > 1:
-        pk.replicate(model, [(0, 0), (1, 1)], init="keep", memory=recipe.memory)  # raises where it does not pack
-    packs = -(-runs // max(1, most))
-    return -(-runs // packs)  # even ones
+        one = Tuning(folder, method, task, recipe, Seeds(0, 0), True, dropout, torch.device(device), None)
+        model, _, _ = _prepared(one)
+        pk.patch(model, memory=recipe.memory)
+        longest = one.train_data.by_length(range(len(task.train)))[-recipe.batch :]
+        inputs = one.train_data.inputs(longest)
+        given = [*model.parameters(), *model.buffers(), *inputs.values()]
+        step = saved_bytes(lambda: one.loss(model.train()(**inputs).logits, one.train_data.labels(longest)), given)
+        # value, packed and own gradient, two moments and the kept checkpoint
+        own = sum(p.numel() * (p.element_size() + 5 * 4) for p in model.parameters() if p.requires_grad)
+        most = min(runs, MOST, int(_SHARE * free_memory(device) / processes / (_SLACK * step + own)))
+        if most > 1:
+            pk.replicate(model, [(0, 0), (1, 1)], init="keep", memory=recipe.memory)  # raises where it does not pack
+        packs = -(-runs // max(1, most))
+        return -(-runs // packs)  # even ones
 
 
 def tune_packed(
