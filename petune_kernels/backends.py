@@ -107,10 +107,10 @@ def _triton_launcher(op: str) -> Callable[..., Any] | None:
         return None
 
     @functools.wraps(launcher)
-    def there(x: Any, *args: Any) -> Any:
-        first = x if isinstance(x, torch.Tensor) else next(t for t in x if t is not None)
-        with torch.cuda.device_of(first):
-            return launcher(x, *args)
+    def there(*args: Any) -> Any:
+        given = (t for arg in args for t in (arg if isinstance(arg, list) else [arg]))
+        with torch.cuda.device_of(next(t for t in given if isinstance(t, torch.Tensor))):
+            return launcher(*args)
 
     return there
 

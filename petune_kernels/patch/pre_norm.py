@@ -97,7 +97,7 @@ class _StandIn(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         x = args[0] if args else kwargs[self.first]
-        y = x.roll(self.shift, -1) * torch.linspace(0.5, 1.5, x.shape[-1], dtype=x.dtype)
+        y = x.roll(self.shift, -1) * torch.linspace(0.5, 1.5, x.shape[-1], dtype=x.dtype, device=x.device)
         return y if self.rest is None else (y, *self.rest)
 
 

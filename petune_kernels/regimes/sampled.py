@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ..ops._saving import once_differentiable
 
 _ATTRIBUTE = "_petune_sampled"
-_VALUES = "_sampled"
+VALUES = "_sampled"
 _INDEX = "_sampled_index"
 _FEW = 512
 """From this many scalars of W for each sampled one, gathering columns is faster than the product dYt X, also in
@@ -36,14 +36,14 @@ def draw(total: int, count: int, seed: int) -> Tensor:
     again; of more than half of all numbers the others are drawn instead.
     """
     if 2 * count > total:
-        keep = torch.ones(total, dtype=torch.bool)
+        keep = torch.ones(total, dtype=torch.bool, device="cpu")
         keep[draw(total, total - count, seed)] = False
         return keep.nonzero().squeeze(1)
-    generator = torch.Generator().manual_seed(seed)
-    numbers = torch.empty(0, dtype=torch.int64)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    numbers = torch.empty(0, dtype=torch.int64, device="cpu")
     while len(numbers) < count:
         # Of 62 random bits, because torch.randint's own remainder of 32 bits favours low numbers by up to 5 %.
-        more = torch.randint(2**62, (count - len(numbers),), generator=generator) % total
+        more = torch.randint(2**62, (count - len(numbers),), generator=generator, device="cpu") % total
         numbers = torch.cat([numbers, more]).unique()
     return numbers
 
@@ -118,7 +118,7 @@ class _Sampled:
         ]
 
     def entries(self, owner: nn.Module) -> list[tuple[str, nn.Parameter, Tensor]]:
-        return [(n, owner._parameters[n + _VALUES], owner._buffers[n + _INDEX]) for n in self.names]  # type: ignore
+        return [(n, owner._parameters[n + VALUES], owner._buffers[n + _INDEX]) for n in self.names]  # type: ignore
 
     def settle(self, owner: nn.Module) -> None:
         """Puts every W back; also after a forward that was cut short (KeyboardInterrupt runs no hook)."""
@@ -168,15 +168,15 @@ class _Sampled:
         for name, values, index in self.entries(owner):
             new = state_dict.get(prefix + name)
             if isinstance(new, Tensor) and new.shape == owner._parameters[name].shape:  # type: ignore[union-attr]
-                state_dict[prefix + name + _VALUES] = new.take(index.to(new.device))
+                state_dict[prefix + name + VALUES] = new.take(index.to(new.device))
             else:  # nothing to load (strict=False), or torch is about to say what does not fit: the values stay
-                state_dict[prefix + name + _VALUES] = values.detach()
+                state_dict[prefix + name + VALUES] = values.detach()
 
 
 def _after_save(owner: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
     """A function, because torch sets an attribute on it, which a method cannot have."""
     for name in owner.__dict__[_ATTRIBUTE].names:
-        del state_dict[prefix + name + _VALUES]
+        del state_dict[prefix + name + VALUES]
 
 
 def install(model: nn.Module, picks: dict[str, Tensor]) -> tuple[str, ...]:
@@ -198,7 +198,7 @@ def install(model: nn.Module, picks: dict[str, Tensor]) -> tuple[str, ...]:
             if id(w) not in shared:
                 shared[id(w)] = nn.Parameter(w.detach().take(index))
             record.names.append(name)
-            owner.register_parameter(name + _VALUES, shared[id(w)])
+            owner.register_parameter(name + VALUES, shared[id(w)])
             owner.register_buffer(name + _INDEX, index, persistent=False)
         record.hook(host, owner)
     return tuple(name for name, p in model.named_parameters() if any(p is values for values in shared.values()))
@@ -224,7 +224,7 @@ def remove(model: nn.Module) -> None:
         for handle in record.handles:
             handle.remove()
         for name in record.names:
-            del owner._parameters[name + _VALUES]
+            del owner._parameters[name + VALUES]
             delattr(owner, name + _INDEX)
         delattr(owner, _ATTRIBUTE)
 
@@ -235,6 +235,6 @@ def clashes(model: nn.Module, names: tuple[str, ...]) -> list[str]:
     for name in names:
         path, _, own = name.rpartition(".")
         owner = model.get_submodule(path)
-        if _ATTRIBUTE not in owner.__dict__ and (hasattr(owner, own + _VALUES) or hasattr(owner, own + _INDEX)):
+        if _ATTRIBUTE not in owner.__dict__ and (hasattr(owner, own + VALUES) or hasattr(owner, own + _INDEX)):
             taken.append(name)
     return taken

@@ -208,9 +208,10 @@ def _pick(
     if not 1 <= budget <= total:
         raise ValueError(f"budget: {budget:,} was given; the chosen blocks have 1 to {total:,} scalars to draw")
     numbers = sampled.draw(total, budget, seed)
-    ends = torch.tensor(list(sizes.values())).cumsum(0)
+    counts = torch.tensor(list(sizes.values()), device="cpu")
+    ends = counts.cumsum(0)
     per_parameter = numbers.tensor_split(torch.searchsorted(numbers, ends)[:-1])
-    starts = (ends - torch.tensor(list(sizes.values()))).tolist()
+    starts = (ends - counts).tolist()
     return {n: mine - s for n, mine, s in zip(sizes, per_parameter, starts, strict=True) if len(mine)}
 
 
