@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -30,6 +32,7 @@ from .trace import Trace
 NAMES = {"sdpa": "petune", "eager": "petune-eager"}
 _OWN = {ours: own for own, ours in NAMES.items()}
 _MARK = "_petune_attention"
+_SDPA_BY_NAME = re.compile(r"""_attn_implementation\s*(==|!=|in\b|not in\b)[^\n]*["']sdpa["']""")
 
 
 def marked(root: nn.Module) -> bool:
@@ -50,9 +53,19 @@ def unfit(root: nn.Module) -> str:
         return "its attention does not go through transformers' AttentionInterface"
     if own not in ("eager", "sdpa", None):
         return f"attn_implementation is {own!r}, which is kept"
+    if any(_asks_for_sdpa(type(m).__module__) for m in root.modules()):
+        return "its code does something for attention that is called 'sdpa' alone"
     if any(getattr(config, "output_attentions", False) for config in _configs(root)):
         return "its config asks for output_attentions, which transformers allows with eager attention alone"
     return ""
+
+
+@functools.cache
+def _asks_for_sdpa(module: str) -> bool:
+    """Whether a model's file asks for the name (DeepSeek V3.2, to hide keys), under which ours would not be known."""
+    if module.startswith("torch.") or not hasattr(sys.modules.get(module), "ALL_ATTENTION_FUNCTIONS"):
+        return False
+    return bool(_SDPA_BY_NAME.search(inspect.getsource(sys.modules[module])))
 
 
 def verify(root: nn.Module, seen: Trace) -> tuple[str, list[nn.Module]]:
@@ -134,7 +147,7 @@ def _register(function: Any) -> None:
 
     for own, name in NAMES.items():
         masked = -torch.inf if own == "sdpa" else None
-        AttentionInterface.register(name, function)
+        AttentionInterface.register(name, function if own == "sdpa" else functools.partial(_by_its_mask, function))
         AttentionMaskInterface.register(name, functools.partial(attention_mask_interface, masked=masked))
 
 
@@ -201,7 +214,7 @@ def attention_interface(
     S, K, mask = query.shape[2], key.shape[2], attention_mask
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
     causal = S > 1 and mask is None and bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
-    if kwargs.get("output_attentions") or _collected(module):
+    if frames.decided(bool(kwargs.get("output_attentions")) or _collected(module)):
         return _with_weights(module, query, key, value, mask, scale, dropout, causal, **kwargs)
     if causal and K > S:  # filling an empty static cache: the columns past S hold nothing yet
         key, value = key[:, :, :S], value[:, :, :S]
@@ -216,6 +229,13 @@ def attention_interface(
         return op.native(query, key, value, mask, dropout, scale, causal).transpose(1, 2), None
     mask = None if mask is None else mask.detach()
     return op.attention(query, key, value, mask, dropout, scale, causal).transpose(1, 2), None
+
+
+def _by_its_mask(
+    function: Any, *args: Any, is_causal: bool | None = None, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
+    """Eager attention sees what its mask shows, whatever a module says of itself; a mask that hides is always made."""
+    return function(*args, is_causal=False, **kwargs)
 
 
 def _collected(module: nn.Module) -> bool:
@@ -270,6 +290,8 @@ def attention_mask_interface(
 
     if kwargs.get("mask_function") is bidirectional_mask_function and not kwargs.get("use_vmap"):
         kwargs["q_length"] = 1
+    if masked is None:
+        kwargs["allow_is_causal_skip"] = False
     mask = sdpa_mask(**kwargs)
     if mask is None:
         return None

@@ -59,7 +59,11 @@ def _parts(module: nn.Module, call: Call | None) -> Sequence[Parts]:
 
 def _sample(module: nn.Module, parts: Parts, generator: torch.Generator, call: Call | None) -> tuple[Tensor, ...]:
     first: Any = getattr(module, parts.get("both") or parts["up"])
-    return (pattern.random_rows(next(first.parameters()), first.in_features, generator),)
+    w = next(first.parameters())
+    x = pattern.random_rows(w, first.in_features, generator)
+    if w.is_meta:
+        return (x,)
+    return (x * (8 / first(x).float().std().clamp_min(1e-3)).to(x.dtype),)  # some blocks clamp at 7 or 10
 
 
 def _project(dense: Any, x: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -220,8 +220,9 @@ def verify(module: nn.Module, pattern: Pattern, parts: Parts, call: Call | None 
     """'' where the fused forward agrees with the module's own on a small input, else what differs.
 
     In the module's own dtype; where that has 16 bits, in which a small term is lost beside a large one, also in
-    float32, unless the module is large; and around stand-ins of the blocks that both only call. Dropouts marked, hooks
-    and global random state untouched. Of a large module on the meta device only the shapes are compared.
+    float32, unless the module is large; and around stand-ins of the blocks that both only call; and in training, for
+    what it drops there by itself. Dropouts marked, hooks and global random state untouched. Of a large module on the
+    meta device only the shapes are compared.
     """
     if any(p.is_meta for p in module.parameters()):
         outlined = pattern.outline(module, parts, call)
@@ -231,26 +232,37 @@ def verify(module: nn.Module, pattern: Pattern, parts: Parts, call: Call | None 
         reason = _agree(module, pattern, parts, call, wide=True)
     if not reason and pattern.outline is not _whole:
         reason = _agree(pattern.outline(module, parts, call), pattern, parts, call, wide=True)
+    if not reason and type(module) is not nn.Dropout:
+        reason = _agree(pattern.outline(module, parts, call), pattern, parts, call, training=True)
+        return reason and f"in training {reason}"
     return reason
 
 
 def _agree(
-    module: nn.Module, pattern: Pattern, parts: Parts, call: Call | None, wide: bool = False, shapes_only: bool = False
-) -> str:
+    module: nn.Module, pattern: Pattern, parts: Parts, call: Call | None, wide: bool = False,
+    shapes_only: bool = False, training: bool = False,
+) -> str:  # fmt: skip
     tensors = [p for p in module.parameters() if p.is_floating_point()]
     device = tensors[0].device if tensors and not tensors[0].is_meta else torch.device("cpu")
     generator, kind = torch.Generator(device).manual_seed(0), type(module)
-    with torch.no_grad(), no_autocast(device):
+    gpu = [device] if device.type == "cuda" else []
+    with torch.no_grad(), no_autocast(device), torch.random.fork_rng(gpu, enabled=training):
         twin = bare(module) if shapes_only else _probe(module, generator, wide)
+        for child in twin.modules() if training else ():
+            child.__dict__.update(training=True, gradient_checkpointing=False)
         try:
             args = pattern.sample(twin, parts, generator, call)
             if wide or shapes_only:
                 args = tree_map(_widened if wide else _to_meta, args)
             args, kwargs = (args[:-1], args[-1]) if args and isinstance(args[-1], dict) else (args, {})
+            if training:
+                torch.manual_seed(0)  # what both drop in the same way is the same
             own = kind.forward(twin, *args, **kwargs)
         except Exception as error:  # a look-alike with another signature or other shapes: the report carries the reason
             return f"its forward does not take this pattern's input: {type(error).__name__}: {error}"
         try:
+            if training:
+                torch.manual_seed(0)
             fused = pattern.forward(twin, parts, *args, **kwargs)
         except Exception as error:  # the parts do not fit together as this reading has it
             return f"the fused forward does not fit it: {type(error).__name__}: {error}"
