@@ -24,7 +24,8 @@ _GLOBAL = [d for name, d in vars(nn.modules.module).items() if name.startswith("
 _CONTAINERS = {nn.ModuleList, nn.ModuleDict, nn.ParameterDict}
 """Never called: half of the modules that PEFT adds."""
 _NOTHING: dict[Any, Any] = {}
-_VERSION, _TRAINING = operator.attrgetter("_version"), operator.itemgetter("training")
+_VERSION = operator.attrgetter("_version")
+_TRAINING = operator.methodcaller("get", "training")  # torch.compile's wrapper of a module has none of its own
 
 
 class AsItWas:
@@ -57,18 +58,14 @@ class AsItWas:
     def restored(self) -> Iterator[None]:
         """Within it the module is as it was; raises where that cannot be."""
         self._check()
-        if _contents(self._places) == _contents(self._held):
-            yield
-            return
-        now = [d.copy() for d in self._places]
-        changed = [i for i, (d, then) in enumerate(zip(now, self._held, strict=True)) if not _same(d, then)]
+        now = self._held
+        if _contents(self._places) != _contents(now):
+            now = [d.copy() for d in self._places]
+            _make(self._places, self._held)
         try:
-            for i in changed:
-                _fill(self._places[i], self._held[i])
             yield
-        finally:
-            for i in changed:
-                _fill(self._places[i], now[i])
+        finally:  # the run ends in the middle: a hook that lent something may not have come to take it back
+            _make(self._places, now)
 
     def _check(self) -> None:
         facts = _facts(self._called)
@@ -120,6 +117,9 @@ def _same(now: dict[Any, Any], then: dict[Any, Any]) -> bool:
     )
 
 
-def _fill(d: dict[Any, Any], values: dict[Any, Any]) -> None:
-    d.clear()
-    d.update(values)
+def _make(places: list[dict[Any, Any]], values: list[dict[Any, Any]]) -> None:
+    if _contents(places) != _contents(values):
+        for d, then in zip(places, values, strict=True):
+            if not _same(d, then):
+                d.clear()
+                d.update(then)

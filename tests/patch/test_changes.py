@@ -241,23 +241,44 @@ def test_a_hook_that_changes_a_shared_input(family: str) -> None:
     as_stock(model, input_ids=ids())
 
 
-def test_what_a_projection_leaves_for_another_is_of_now() -> None:
+def sharing() -> Any:
+    """Attention of a new patched model whose query, key and value train."""
     model = build("llama").eval()
     model.requires_grad_(False)
     attention = model.model.layers[0].self_attn
     for part in (attention.q_proj, attention.k_proj, attention.v_proj):
         part.weight.requires_grad_(True)
     pk.patch(model)
+    return attention
+
+
+def left(attention: Any) -> int:
+    """For how many projections something is left."""
+    pending = attention.q_proj.__dict__["forward"].args[1].pending
+    return 0 if pending is None else len(pending.left)
+
+
+def test_what_a_projection_leaves_for_another_is_of_now() -> None:
     x, other = torch.randn(2, 1, 3, 48)
+    attention = sharing()
     attention.q_proj(x)
+    assert left(attention) == 2
     close(attention.v_proj(other), other @ attention.v_proj.weight.T)
+    attention = sharing()
     attention.q_proj(x)
     with torch.no_grad():
         attention.k_proj.weight.zero_()
-    assert not attention.k_proj(x).any()
+    assert left(attention) == 2 and not attention.k_proj(x).any()
+    attention = sharing()
     with torch.no_grad():
         attention.q_proj(x)
     assert attention.v_proj(x).requires_grad
+    attention = sharing()
+    attention.q_proj(x)
+    assert left(attention) == 2
+    with torch.no_grad():
+        assert not attention.v_proj(x).requires_grad
+    attention = sharing()
     with torch.inference_mode():
         x = torch.randn(1, 3, 48)
         attention.q_proj(x)
