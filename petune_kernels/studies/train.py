@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 from transformers.utils import logging as transformers_logging
 
 from petune_kernels.patch.memory import runs_again
+from petune_kernels.regimes.sampled import VALUES
 from petune_kernels.regimes.structure import read
 
 from .errors import InputError, StudyError, first_line
@@ -264,7 +265,8 @@ def deviations(stock: nn.Module, patched: nn.Module, batch: Batch) -> list[Devia
     The bound on `patched` is 3 times the error of `stock` (two roundings of the same sum differ by chance) plus 8
     units of the dtype. A tensor much smaller than the others (the key bias of attention has no gradient but rounding)
     is taken relative to a thousandth of their common size. The loss is one number, which `stock` may have right by
-    chance: its error counts as at least that of the logits.
+    chance: its error counts as at least that of the logits. So may be the few scalars that regime random has of a
+    parameter: those of all parameters are one tensor here.
     """
     exact = _results(copy.deepcopy(stock).double(), batch)
     ours, theirs = _results(patched, batch), _results(stock, batch)
@@ -291,7 +293,11 @@ def _results(model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
     gradients = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
     model.train(training)
     results = {"loss": loss, "logits": logits}
-    results |= {f"gradient of {n}": g for n, g in zip(trained, gradients, strict=True) if g is not None}
+    found = {n: g for n, g in zip(trained, gradients, strict=True) if g is not None}
+    drawn = [found.pop(n).flatten() for n in list(found) if n.endswith(VALUES)]
+    results |= {f"gradient of {n}": g for n, g in found.items()}
+    if drawn:
+        results["gradient of all sampled scalars"] = torch.cat(drawn)
     return {name: tensor.detach().double() for name, tensor in results.items()}
 
 
