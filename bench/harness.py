@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import gc
 import math
 import os
 import shlex
@@ -57,6 +58,9 @@ class Result:
             "complete": False,
             "rows": [],
         }
+        if device.type == "cuda":  # every capture of a graph collects garbage; what is here by now is none
+            gc.collect()
+            gc.freeze()
 
     def add(self, row: Row) -> None:
         self.data["rows"].append(finite(row))

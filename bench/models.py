@@ -145,10 +145,12 @@ def measure_case(case: Case, settings: Settings, row: harness.Row) -> Iterator[N
             if name in (EAGER, OURS)
         }
     if settings.memory:
+        # a GPU's allocator counts what is allocated; a process's resident memory also depends on what it did before
+        apart = measure.fresh_process if device.type == "cpu" else lambda function, *args: function(*args)
         peaks = harness.attempt(
             {name: None for name in row["seconds"] if name not in (GRAPHED, WHOLE)},
             row["refused"],
-            lambda name, _: measure.fresh_process(step_memory, case, name, settings),
+            lambda name, _: apart(step_memory, case, name, settings),
         )
         row["memory"] = {name: dataclasses.asdict(peak) | {"rise": peak.rise} for name, peak in peaks.items()}
     yield
@@ -193,7 +195,8 @@ def build(
     LoRA's B is random instead of zero, or A would have no gradient that the gate could compare.
     """
     shape = config(case)
-    model = train.random_model(shape, layers or shape.num_hidden_layers, train.DTYPES[case.dtype], device)
+    with torch.device(device):  # where a GPU draws a large model's weights in no time
+        model = train.random_model(shape, layers or shape.num_hidden_layers, train.DTYPES[case.dtype], device)
     name, _, p = case.regime.partition(" p=")
     if name in LORA:
         from peft import LoraConfig, TaskType, get_peft_model

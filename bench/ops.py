@@ -275,7 +275,7 @@ CASES = (
              "14*T*S*H", "10*T*S*H", p=p,
              eager=lambda t, p: F.scaled_dot_product_attention(t["q"], t["k"], t["v"], dropout_p=p))
       for p in (0.0, 0.1)),
-    *(_lora_case(K, N, p, wide) for wide in (False, True) for K in "HN" for N in "HN" for p in (0.0, 0.1)),
+    *(_lora_case(K, N, p, wide) for wide in (True, False) for K in "HN" for N in "HN" for p in (0.0, 0.1)),
     _lora_case("H", "H", 0.0, False, "R"),
     OpCase("packed_linear", "q k v", _PROJECTIONS, ("w0", "w1", "w2"), _packed,
            lambda t, p, seed: packed_linear(t["x"], [t[f"w{i}"] for i in range(3)], [t[f"c{i}"] for i in range(3)]),

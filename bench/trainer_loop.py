@@ -19,7 +19,7 @@ from .harness import EAGER
 if TYPE_CHECKING:
     from .models import Case
 
-SKIPPED, TURNS = 5, 5
+SKIPPED, TURNS = 5, {"cpu": 5, "cuda": 3}
 
 
 class Clock(TrainerCallback):
@@ -51,7 +51,7 @@ def times(
     rows = {name: tensor.cpu() for name, tensor in models.random_batch(case, device).items()}
     data = [{name: tensor[i % case.batch] for name, tensor in rows.items()} for i in range(4 * case.batch)]
     seconds: dict[str, list[float]] = {name: [] for name in names}
-    for turn in range(1 + TURNS):
+    for turn in range(1 + TURNS[device.type]):
         for name, model in built.items():
             clock = Clock(device)
             with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):

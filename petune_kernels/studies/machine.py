@@ -55,10 +55,12 @@ def cpu_name() -> str:
 
 
 def git_commit() -> dict[str, Any] | None:
-    """Commit of the checkout this package lies in and whether it is changed; None when it is not a checkout."""
+    """Commit of the checkout this package lies in and whether it is changed; of a copy without .git what PETUNE_COMMIT
+    in the environment says, or None."""
     root = Path(__file__).resolve().parents[2]
     if shutil.which("git") is None or not (root / ".git").exists():
-        return None
+        told = os.environ.get("PETUNE_COMMIT")
+        return {"commit": told, "changed": None} if told else None
 
     def git(*args: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True)

@@ -273,7 +273,7 @@ def test_all_parts_of_a_gpu_file_are_shown(step: dict, tmp_path: Path, monkeypat
 
 
 def test_steps_inside_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trainer_loop, "TURNS", 2)
+    monkeypatch.setattr(trainer_loop, "TURNS", {"cpu": 2})
     settings = models.Settings(
         regimes=("layernorm",), dtypes=("float32",), batch=2, length=8, rounds=2, layers=1, saved=False, trainer=2
     )
