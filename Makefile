@@ -5,7 +5,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 ARGS   ?=
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*/*)
-TOOLS  := setuptools wheel pybind11 ninja
+TOOLS  := "setuptools>=77" wheel pybind11 ninja
 HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo yes)
 # A torch that is there stays; else with a GPU the index's own build, without one the CPU build where pip can find it.
 TORCH  ?= $(if $(HAS_GPU),torch>=2.10,torch==2.13.0+cpu)
@@ -53,8 +53,9 @@ bench: install
 doctor: install
 	$(BIN)/petune doctor
 
+# One process a core, a file to each; threads that wait leave their core to the others. On two cores half the time.
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -q $(ARGS)
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n logical --maxprocesses 8 --dist loadfile $(ARGS)
 
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -q --slow -m slow $(ARGS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import shlex
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -127,7 +128,7 @@ def run(settings: Settings, console: Console) -> dict[str, Any]:
     )
     result: dict[str, Any] = {
         "settings": {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(settings).items()},
-        "command": " ".join(["petune", *sys.argv[1:]]),
+        "command": shlex.join(["petune", *sys.argv[1:]]),
         "machine": machine.describe() | {"device": _device_name(task.device)},
         "task": {
             "model": task.folder.name,

@@ -36,7 +36,10 @@ def result_of(to: Path) -> dict[str, Any]:
 
 
 @pytest.mark.usefixtures("in_process")
-def test_it_measures_trains_and_writes(tiny_model: Path, tiny_csv: Path, tmp_path: Path) -> None:
+def test_it_measures_trains_and_writes(
+    tiny_model: Path, tiny_csv: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["/bin/petune", "demo", "--data", "my sentences.csv"])
     to = tmp_path / "deep" / "out"
     ran = invoke(tiny_model, tiny_csv, to)
     assert ran.exit_code == 0, ran.output
@@ -60,7 +63,8 @@ def test_it_measures_trains_and_writes(tiny_model: Path, tiny_csv: Path, tmp_pat
         assert run["losses"]["stock"] != found["runs"][1 - run["seed"]]["losses"]["stock"]
     assert found["time"]["stock"]["n"] == 4 and found["time"]["ratio"]["median"] > 0
     assert found["machine"]["versions"]["torch"] == torch.__version__
-    assert found["settings"]["model"] == str(tiny_model) and found["command"].startswith("petune ")
+    assert found["settings"]["model"] == str(tiny_model)
+    assert found["command"] == "petune demo --data 'my sentences.csv'"  # can be pasted
 
 
 @pytest.mark.usefixtures("in_process")
