@@ -91,7 +91,7 @@ def replicate(
         raise ReplicaError("replicate: no parameter requires a gradient; choose what trains first")
     before, attending = pattern.bindings(model), any(map(attention.bound, model.modules()))
     report = patch(model, memory=memory)
-    undo = functools.partial(_undo, model, before, attending)
+    undo = functools.partial(_undo, model, before, attending, {k: v for k, v in vars(model).items() if k == _SAVE})
     try:
         binders, refused = binding.plan(model, report)
         if refused:
@@ -106,10 +106,11 @@ def replicate(
         raise
 
 
-def _undo(model: nn.Module, before: dict[nn.Module, dict[str, Any]], attending: bool) -> None:
+def _undo(model: nn.Module, before: dict[nn.Module, dict[str, Any]], attending: bool, own: dict[str, Any]) -> None:
     """Takes off what `replicate` bound: its own forwards, and patches that were not there before."""
     pattern.bind_again(before)
     model.__dict__.pop(_SAVE, None)
+    model.__dict__.update(own)
     for module in model.modules():
         module.__dict__.pop(binding.MARK, None)
         if not attending and attention.bound(module):

@@ -222,7 +222,7 @@ def peak_memory(run: Callable[[], object], device: torch.device | str = "cpu") -
 
 def give_blocks_back(size: int = 1 << 16) -> None:
     """From now on this process gives every freed block of `size` bytes or more back at once, so that resident memory is
-    what is held. By default glibc keeps and splits blocks of up to 32 MiB: a step then needs up to twice as much.
+    what is held. By default glibc keeps and splits blocks of up to 32 MiB: a step then needs 1.2 to 3 times as much.
 
     Raises StudyError where the C library has no mallopt.
     """

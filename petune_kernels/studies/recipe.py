@@ -65,7 +65,7 @@ class Recipe:
             raise InputError(f"epochs is {self.epochs} and steps {self.steps}; give exactly one of them")
         whole, real = (int,), (int, float)
         every = self.evaluate_every
-        betas = self.betas
+        betas, pair = self.betas, isinstance(self.betas, (tuple, list)) and len(self.betas) == 2
         rules: list[tuple[str, bool, str]] = [
             ("lr", _is(self.lr, real) and 0 < self.lr < math.inf, "a number over 0"),
             ("batch", _is(self.batch, whole) and self.batch >= 1, "an int from 1"),
@@ -82,7 +82,7 @@ class Recipe:
                 "a number over 0, or none",
             ),
             ("eps", _is(self.eps, real) and 0 < self.eps < math.inf, "a number over 0"),
-            ("betas", len(betas) == 2 and all(_is(b, real) and 0 <= b < 1 for b in betas), "two numbers in [0, 1)"),
+            ("betas", pair and all(_is(b, real) and 0 <= b < 1 for b in betas), "two numbers in [0, 1)"),
             ("dtype", self.dtype in train.DTYPES, " or ".join(train.DTYPES)),
             ("memory", self.memory in LEVELS, ", ".join(LEVELS)),
             ("evaluate_every", every == "epoch" or type(every) is int and every >= 1, "epoch, or an int from 1"),

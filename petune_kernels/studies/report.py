@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor, nn
+from transformers import MODEL_MAPPING
 
 import petune_kernels as pk
 from petune_kernels import meta
@@ -54,9 +56,10 @@ def run(settings: Settings, measured: bool, console: Console) -> dict[str, Any]:
     Raises InputError for what does not fit; a level that does not fit the regime has its reason instead, unless it is
     the only one.
     """
+    settings = _of_images(settings)
     result: dict[str, Any] = {
         "settings": dataclasses.asdict(settings),
-        "command": " ".join(["petune", *sys.argv[1:]]),
+        "command": shlex.join(["petune", *sys.argv[1:]]),
         "machine": machine.describe(),
         "levels": {},
         "refused": {},
@@ -76,6 +79,25 @@ def run(settings: Settings, measured: bool, console: Console) -> dict[str, Any]:
                 row["measured"] = measure_level(settings, level)
         result["levels"][level] = row
     return result
+
+
+def _of_images(settings: Settings) -> Settings:
+    """For a model of images with the patches of one as its length. Raises InputError for other models than of token ids
+    or images."""
+    config = shapes.read_shape(settings.model, settings.labels)
+    kind = MODEL_MAPPING.get(type(config), None)
+    reads = getattr(kind[0] if isinstance(kind, tuple) else kind, "main_input_name", "input_ids")
+    if reads == "input_ids" and hasattr(config, "vocab_size"):
+        return settings
+    size = getattr(config, "image_size", None)
+    if reads != "pixel_values" or size is None:
+        raise InputError(f"{settings.model} reads {reads} and more; accepted: models of token ids, or of images alone")
+    if settings.padded:
+        raise InputError(f"--padded: {settings.model} reads images of one size")
+    height, width = (size, size) if isinstance(size, int) else size
+    patch = getattr(config, "patch_size", None)
+    side = patch if isinstance(patch, int) else 16
+    return dataclasses.replace(settings, length=(height // side) * (width // side))
 
 
 def predict(settings: Settings, level: str) -> footprint.Footprint:

@@ -13,6 +13,7 @@ import functools
 import hashlib
 import multiprocessing
 import os
+import shlex
 import signal
 import sys
 import time
@@ -157,14 +158,16 @@ def execute_packed(
     seeds = [Seeds(wi=run.wi, do=run.do) for run in runs]
     more: dict[str, Any] = {"dropout": study.dropout, "device": device, "progress": progress}
     args = (model_folder(study.model), method_of(first), task, recipe_of(study, first), seeds, say)
-    waiting = iter(runs)
+    waiting, failed = iter(runs), ""
     try:
         for outcomes in packed.halving(*args, **more):
             for outcome in outcomes:
                 record = describe(next(waiting), task) | {"outcome": plain(outcome)}
                 yield record | {"finished": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
     except pk.ReplicaError as error:  # with these seeds, where those that were tried did pack
-        say(f"{first.task.title}, {first.method.title} one by one: {error}")
+        failed = str(error)  # what it holds, a whole pack, is let go before the next run
+    if failed:
+        say(f"{first.task.title}, {first.method.title} one by one: {failed}")
         for run in waiting:
             yield execute(study, run, device, progress)
 
@@ -237,16 +240,16 @@ def run(
     place, world = rank()
     device = local_device(device)
     path = folder / ("runs.jsonl" if world == 1 else f"runs.{place}.jsonl")
-    header = {"command": " ".join(["petune", *sys.argv[1:]]), "started": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+    header = {"command": shlex.join(["petune", *sys.argv[1:]]), "started": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
     digest = model_digest(study.model)
-    with store.Store(path, study, header | {"model_digest": digest, "machine": machine.describe()}) as results:
+    with store.Store(path, study, header | {"machine": machine.describe()}) as results:
         if results.recovered:
             console.print(f"{path}: half a line at the end was cut off; its run is done again", markup=False)
         done = store.collect(folder, study)
         todo = [r for i, r in enumerate(runs) if i % world == place and r.id not in done]
         if todo:
             _same_data(runs, done)
-            _same_model(folder, study, digest)
+            _same_model(study, done, digest)
         columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
         with Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=console) as progress:
             mine = len([r for i, r in enumerate(runs) if i % world == place])
@@ -265,7 +268,7 @@ def run(
             else:
                 work = _apart(study, listed, device, execute, jobs, say)
             for record in work:
-                results.append(record)
+                results.append(record | {"model_digest": digest})
                 progress.update(bar, advance=1, description=record["id"])
     return list(store.collect(folder, study).values())
 
@@ -281,12 +284,12 @@ def _same_data(runs: list[Run], done: dict[str, dict[str, Any]]) -> None:
             )
 
 
-def _same_model(folder: Path, study: Study, digest: str) -> None:
-    """Raises InputError if a result file is of a model with another config or weights; older files do not tell."""
-    for path in folder.glob("runs*.jsonl"):
-        if (before := store.header(path).get("model_digest", digest)) != digest:
+def _same_model(study: Study, done: dict[str, dict[str, Any]], digest: str) -> None:
+    """Raises InputError if a run in `done` is of a model with another config or weights; older records do not tell."""
+    for name, record in done.items():
+        if (before := record.get("model_digest", digest)) != digest:
             raise InputError(
-                f"model {study.model!r}: its config or weights are not those of the runs in {path} ({digest}, not "
+                f"model {study.model!r}: its config or weights are not those of the run {name} ({digest}, not "
                 f"{before}); restore the model or choose another --out"
             )
 

@@ -123,14 +123,16 @@ def _csv(path: Path) -> list[tuple[str, Mapping[str, Any]]]:
 
 
 def _jsonl(path: Path) -> list[tuple[str, Mapping[str, Any]]]:
-    rows = []
+    rows, number = [], 0
     try:
         for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
             if line.strip():
                 rows.append((f"{path}, line {number}", json.loads(line)))
                 if not isinstance(rows[-1][1], dict):
                     raise InputError(f"{path}, line {number}: expected a JSON object, got {line[:40]!r}")
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}, line {number}: no JSON: {error.msg} at character {error.pos + 1}") from error
+    except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read as JSON lines in UTF-8: {error}") from error
     return rows
 

@@ -71,7 +71,14 @@ def test_what_differs_by_rounding_alone_is_a_tie() -> None:
     assert compare(rounded, summarise([0.3 + 1e-9] * 20)).arrow == "down"
 
 
+def test_one_side_without_variance_is_still_tested() -> None:
+    ours, theirs = [0.7] * 5, [0.6, 0.65, 0.7, 0.75, 0.8]
+    found = compare(summarise(ours), summarise(theirs))
+    assert found.p_up == pytest.approx(stats.ttest_ind(ours, theirs, alternative="greater").pvalue)
+
+
 def test_equal_values_have_no_spread_at_all() -> None:
+    assert summarise([-0.1] * 7).std == 0.0
     same = summarise([0.1] * 7)
     assert same.std == 0.0 and same.mean == 0.1
 

@@ -173,7 +173,11 @@ def test_csv_and_jsonl_with_pairs_and_scores(tmp_path: Path) -> None:
         ("x.csv", "text,label\na,0\nb,0\n", "1 different labels"),
         ("x.csv", "words,label\na,0\n", "no column 'text'; the columns are words, label"),
         ("x.jsonl", '{"text": "a", "label": 0}\n[1]\n', "line 2: expected a JSON object"),
-        ("x.jsonl", "{", "cannot be read as JSON lines"),
+        (
+            "x.jsonl",
+            '{"text": "a", "label": 0}\n{',
+            "x.jsonl, line 2: no JSON: Expecting property name.* at character 2",
+        ),
         (
             "x.jsonl",
             '{"text": ["a"], "label": 0}',
