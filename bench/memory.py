@@ -306,7 +306,7 @@ CELLS: dict[str, Callable[[harness.Row, str], str]] = {
     "the same, this CPU's kernels (counted on real tensors)": kept_cell("cpu"),
     "step time over eager's, median and quartiles": time_cell,
     "what the timed model keeps for backward, MiB": held_cell,
-    "memory that a whole step adds at its peak, MiB": peak_cell,
+    "memory that a whole step adds at its peak where freed blocks go back at once, MiB": peak_cell,
 }
 """The tables of a result."""
 MAIN = [title for title in CELLS if "this CPU" not in title and "timed model" not in title]

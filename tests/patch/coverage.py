@@ -19,8 +19,8 @@ Small random models of every family, with the head named, on a CPU. `*` stands f
 `python -m tests.patch.coverage`; `tests/patch/test_families.py` compares it with what `patch` does, and the patched
 models' loss, logits and every gradient with the unpatched ones'.
 
-A module under "left alone" runs as it did. Where no pattern is named beside it, it has nothing to save: embeddings, a
-projection without a bias (torch's own already keeps and computes the least), activations that are one torch op.
+A module under "left alone" runs as it did. Where no pattern is named beside it, it has nothing to save (embeddings,
+activations that are one torch op), or is a projection of another class than nn.Linear (GPT-2's Conv1D).
 """
 
 
