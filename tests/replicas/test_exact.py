@@ -187,3 +187,14 @@ def test_gradients_add_up_over_backward_passes() -> None:
     for once, twice in zip(*found, strict=True):
         torch.testing.assert_close(2 * once, twice)
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_users_own_save_pretrained_comes_back() -> None:
+    model = make("bert", "layernorm")
+    model.save_pretrained = own = lambda *args, **kwargs: None
+    pk.replicate(model, [0, 1]).release()
+    assert model.save_pretrained is own
+    next(m for m in model.modules() if isinstance(m, torch.nn.Embedding)).requires_grad_(True)
+    with pytest.raises(pk.ReplicaError):
+        pk.replicate(model, [0, 1])
+    assert model.save_pretrained is own

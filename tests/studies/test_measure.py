@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from petune_kernels.studies import measure
+from petune_kernels.studies import machine, measure
 from petune_kernels.studies.errors import StudyError
 from petune_kernels.studies.measure import Spread
 
@@ -180,3 +180,11 @@ def test_on_a_gpu_the_allocator_is_asked(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(measure.torch, "cuda", fake)
     peak = measure.peak_memory(lambda: calls.append("run"), "cuda")
     assert calls == ["reset", "run"] and (peak.before, peak.peak, peak.rise) == (5, 9, 4)
+
+
+def test_a_copy_without_git_may_be_told_its_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine.shutil, "which", lambda name: None)
+    monkeypatch.delenv("PETUNE_COMMIT", raising=False)
+    assert machine.git_commit() is None
+    monkeypatch.setenv("PETUNE_COMMIT", "4f1a")
+    assert machine.git_commit() == {"commit": "4f1a", "changed": None}

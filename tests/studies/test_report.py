@@ -115,8 +115,18 @@ def test_a_language_model_and_a_vision_model_are_followed(folders) -> None:
     assert lm.outside >= 2 * 16 * 211 * 4  # the logits
     wanted = counted(report.Settings(folders["gpt2"], "full", {}, 2, 16, head="causal-lm"), "exact")
     assert lm.saved == pytest.approx(wanted, rel=0.005)
-    vit = report.predict(report.Settings("vit", "layernorm", {}, 1, 16), "exact")
-    assert len(vit.layers) == 12 and vit.saved > 0
+    vit = report.run(report.Settings("vit", "layernorm", {}, 1, 16, levels=["exact"]), False, Console(quiet=True))
+    assert vit["settings"]["length"] == 14 * 14  # patches of 16 x 16 of 224 x 224
+    found = vit["levels"]["exact"]["predicted"]
+    assert len(found["layers"]) == 12 and found["saved"] > 0
+
+
+@pytest.mark.parametrize("model", ["clip", "whisper", "wav2vec2"])
+def test_a_model_of_other_inputs_is_refused(model: str) -> None:
+    with pytest.raises(InputError, match=f"{model} reads .* accepted: models of token ids, or of images alone"):
+        report.run(report.Settings(model), False, Console(quiet=True))
+    with pytest.raises(InputError, match="--padded: vit reads images of one size"):
+        report.run(report.Settings("vit", padded=True), False, Console(quiet=True))
 
 
 def test_a_size_that_no_machine_here_holds() -> None:

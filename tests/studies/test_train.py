@@ -168,6 +168,23 @@ def test_the_gate_passes_the_patched_model(tiny_model: Path, regime: str, dtype:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("seed", range(6))
+def test_the_gate_takes_few_sampled_scalars_together(tiny_model: Path, seed: int, dtype: torch.dtype) -> None:
+    """Of one number stock may be right by chance; five of six seeds failed so. A wrong one is seen all the same."""
+    torch.manual_seed(seed)
+    stock = train.load_model(tiny_model, 2, seed, dtype, CPU, True)
+    pk.tune(stock, "random", seed=seed)
+    patched = copy.deepcopy(stock)
+    pk.patch(patched)
+    batch = next(batches())
+    assert all(row.within for row in train.deviations(stock, patched, batch))
+    sampled = next(p for n, p in patched.named_parameters() if n.endswith("_sampled"))
+    sampled.register_hook(lambda grad: grad + 1)
+    wrong = [row.name for row in train.deviations(stock, patched, batch) if not row.within]
+    assert wrong == ["gradient of all sampled scalars"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_gate_sees_a_wrong_norm(tiny_model: Path, dtype: torch.dtype) -> None:
     models = pair(tiny_model, "layernorm", dtype)
     with torch.no_grad():
