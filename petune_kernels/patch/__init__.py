@@ -123,7 +123,7 @@ def patch(
             f"it holds {', '.join(kinds)}" + (f". Refused: {refused}" if refused else "")
         )
     if strict and report.refused:
-        reasons = "; ".join(f"{path}: {reason}" for path, reason in report.refused.items())
+        reasons = "; ".join(f"{path or 'the model'}: {reason}" for path, reason in report.refused.items())
         raise PatchError(f"patch: strict=True and {len(report.refused)} candidates were left alone: {reasons}")
     before = pattern.bindings(model)
     for module, found, parts in plan.modules:

@@ -17,8 +17,8 @@ import functools
 import inspect
 import re
 import sys
+import weakref
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -92,16 +92,22 @@ def verify(root: nn.Module, seen: Trace) -> tuple[str, list[nn.Module]]:
     return reason, [original[module] for module in dict.fromkeys(called)]
 
 
-@dataclass
 class _Bound:
-    """What is bound in a model: its configs with what they named before, and the modules served. A copy that is read in
-    another process makes our names known there."""
+    """What is bound in a model: its configs with what they named before, and the modules served, as long as they live.
+    A copy that is read in another process makes our names known there."""
 
-    before: list[tuple[Any, Any]]
-    modules: list[nn.Module]
+    def __init__(self, before: list[tuple[Any, Any]], modules: list[nn.Module]):
+        self.before, self._modules = before, [weakref.ref(m) for m in modules]
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        return [m for ref in self._modules if (m := ref()) is not None]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"before": self.before, "modules": self.modules}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+        self.__init__(**state)  # type: ignore[misc]
         _register(attention_interface)
 
 

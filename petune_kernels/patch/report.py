@@ -81,7 +81,7 @@ class PatchReport:
 
     def _rows(self) -> list[tuple[str, str, int, str]]:
         """(path, class, count, what): layers are counted together, and so are modules of one class that no pattern
-        knows; what is bound comes first, then what was refused."""
+        knows or that are parts of one; what is bound comes first, then what was refused."""
 
         def general(text: str) -> str:
             return re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", text)
@@ -89,7 +89,8 @@ class PatchReport:
         groups: dict[tuple[str, ...], list[str]] = {}
         for e in sorted(self.entries, key=lambda e: (not e.pattern, e.part, not e.candidate)):
             path, reason = general(e.path), general(e.reason)
-            key = (path, e.kind, e.pattern, reason) if e.pattern or e.candidate else ("", e.kind, "", reason)
+            alone = (e.pattern or e.candidate) and not e.part
+            key = (path if alone else "", e.kind, e.pattern, reason)
             groups.setdefault((*key, "part of " if e.part else ""), []).append(path)
         rows = []
         for (_, kind, pattern, reason, part), paths in groups.items():

@@ -119,7 +119,10 @@ def tune(
     table: dict[str, Any] = {"name": task, "regression": regression} | ({"file": str(file)} if file else {})
     content = {"kind": "stability", "name": "tune", "model": model, "tasks": [table], "dropout": dropout}
     content["methods"] = [{"name": method, "options": parse_settings("--option", options)}]
-    content |= {"recipe": parse_settings("--recipe", recipe), "seeds": {"runs": 1}, "patched": [patched]}
+    changes = parse_settings("--recipe", recipe)
+    if not patched and "memory" in changes:
+        raise InputError(f"--recipe memory={changes['memory']}: it is `pk.patch`'s, and --no-patched patches nothing")
+    content |= {"recipe": changes, "seeds": {"runs": 1}, "patched": [patched]}
     found = parse(content)
     written = to / "outcome.json"
     if to.exists() and any(to.iterdir()):

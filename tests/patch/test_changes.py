@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -381,3 +383,14 @@ def test_patched_where_new_tensors_are_meta(family: str) -> None:
         pk.patch(model)
     with torch.no_grad():
         as_stock(model, input_ids=ids())
+
+
+def test_layers_that_are_dropped_are_let_go() -> None:
+    model = build("bert")
+    pk.patch(model)
+    dropped = [weakref.ref(p) for p in model.bert.encoder.layer[1].parameters()]
+    model.bert.encoder.layer = model.bert.encoder.layer[:1]
+    gc.collect()
+    assert not any(ref() is not None for ref in dropped)
+    as_stock(model.eval(), input_ids=ids())
+    assert "attention" in pk.patch(copy.deepcopy(model)).patched.values()
