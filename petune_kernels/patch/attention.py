@@ -65,7 +65,10 @@ def _asks_for_sdpa(module: str) -> bool:
     """Whether a model's file asks for the name (DeepSeek V3.2, to hide keys), under which ours would not be known."""
     if module.startswith("torch.") or not hasattr(sys.modules.get(module), "ALL_ATTENTION_FUNCTIONS"):
         return False
-    return bool(_SDPA_BY_NAME.search(inspect.getsource(sys.modules[module])))
+    try:
+        return bool(_SDPA_BY_NAME.search(inspect.getsource(sys.modules[module])))
+    except OSError:  # installed without its source; then verification alone decides
+        return False
 
 
 def verify(root: nn.Module, seen: Trace) -> tuple[str, list[nn.Module]]:
