@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import shlex
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -128,7 +126,7 @@ def run(settings: Settings, console: Console) -> dict[str, Any]:
     )
     result: dict[str, Any] = {
         "settings": {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(settings).items()},
-        "command": shlex.join(["petune", *sys.argv[1:]]),
+        "command": machine.command(),
         "machine": machine.describe() | {"device": _device_name(task.device)},
         "task": {
             "model": task.folder.name,

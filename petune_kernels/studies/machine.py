@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +54,11 @@ def cpu_name() -> str:
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
+
+
+def command(program: str = "petune") -> str:
+    """What was called, as it can be pasted."""
+    return shlex.join([program, *sys.argv[1:]])
 
 
 def git_commit() -> dict[str, Any] | None:

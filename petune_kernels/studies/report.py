@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shlex
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -59,7 +57,7 @@ def run(settings: Settings, measured: bool, console: Console) -> dict[str, Any]:
     settings = _of_images(settings)
     result: dict[str, Any] = {
         "settings": dataclasses.asdict(settings),
-        "command": shlex.join(["petune", *sys.argv[1:]]),
+        "command": machine.command(),
         "machine": machine.describe(),
         "levels": {},
         "refused": {},

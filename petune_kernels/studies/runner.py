@@ -13,7 +13,6 @@ import functools
 import hashlib
 import multiprocessing
 import os
-import shlex
 import signal
 import sys
 import time
@@ -240,7 +239,7 @@ def run(
     place, world = rank()
     device = local_device(device)
     path = folder / ("runs.jsonl" if world == 1 else f"runs.{place}.jsonl")
-    header = {"command": shlex.join(["petune", *sys.argv[1:]]), "started": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+    header = {"command": machine.command(), "started": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
     digest = model_digest(study.model)
     with store.Store(path, study, header | {"machine": machine.describe()}) as results:
         if results.recovered:

@@ -10,7 +10,6 @@
 
 #include <cstdlib>
 #include <cstring>
-#include <map>
 
 namespace {
 
@@ -137,11 +136,6 @@ void run(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
     } else if (value.isOptionalTensorList()) {
       c10::List<std::optional<Tensor>> list;
       for (const auto& t : value.toOptionalTensorVector()) list.push_back(t ? std::optional(host(*t)) : std::nullopt);
-      value = list;
-    } else if (value.isList() && value.toListRef().size() && value.toListRef()[0].isTensor()) {
-      c10::List<std::optional<Tensor>> list;
-      for (const auto& v : value.toListRef())
-        list.push_back(v.isTensor() ? std::optional(host(v.toTensor())) : std::nullopt);
       value = list;
     } else if (value.isDevice() && value.toDevice().is_cuda()) {
       value = Device(at::kCPU);
